@@ -8,9 +8,9 @@ sampled under c_j:
     repeat for a few iterations                                                                (paper: Algorithm 1)
         for each query x: draw n constitutions; sample y_j from the last iteration's model prompted with (x, c_j)
         start again from the base model; then for a few steps of `batch_size` queries:
-            logp[i, j] = mean over tokens of log pi(y_j | x, c_i)      (n, n), rows i = constitutions, columns j = responses
-            row = cross entropy of each row with its diagonal          which response belongs to this constitution?
-            col = cross entropy of each column with its diagonal       which constitution does this response come from?
+            logp[i, j] = mean over tokens of log pi(y_j | x, c_i)  (n, n), rows i = constitutions, columns j = responses
+            row = cross entropy of each row with its diagonal      which response belongs to this constitution?
+            col = cross entropy of each column with its diagonal   which constitution does this response come from?
             minimise (row + col) / 2 + beta * KL to the base, averaged over queries
 
 Each response becomes more likely under the constitution it came from than under the others. Chance is log n nats.
@@ -77,8 +77,8 @@ class Config:
     dtype: str = "auto"  # of computation: auto | float32 | bfloat16; weights stay float32
 
 
-# The paper's Table 1. What the authors ran differs: lr warmed up from 0 and decayed, so that 2/4/6 steps were 1/3/5, each
-# on the last 8 queries of the 128; the weights of mixtral and llama were bf16.
+# The paper's Table 1. What the authors ran differs: lr warmed up from 0 and decayed, so that 2/4/6 steps were 1/3/5,
+# each on the last 8 queries of the 128; the weights of mixtral and llama were bf16.
 PAPER = dict(iterations=3, steps="2,4,6", batch_size=128, n=2, lr=5e-7, beta=0.0, temperature=0.0, max_new_tokens=350,
              eval_queries=250, tokens_per_pass=16384)
 PRESETS = {
@@ -106,7 +106,7 @@ def need(ok, sentence):
 
 
 def parse(Config, argv, presets={}):
-    """`--name=value` flags -> Config. A preset's values replace the defaults, flags replace both; BadInput otherwise."""
+    """`--name=value` flags -> Config. A preset's values replace the defaults, flags replace both."""
     kinds, given = typing.get_type_hints(Config), {}
     if "--help" in argv or "-h" in argv:
         for line in inspect.getsource(Config).splitlines():  # the dataclass is the help text
@@ -117,17 +117,16 @@ def parse(Config, argv, presets={}):
         raise SystemExit(0)
     for arg in argv:
         name, eq, text = arg.removeprefix("--").partition("=")
-        close = [k for k in kinds if name and (k.startswith(name[:4]) or name in k)]
-        need(arg.startswith("--") and name in kinds,
-             f"unknown flag {arg!r}; " + (f"did you mean --{close[0]}=...?" if close else "--help lists the flags"))
+        need(arg.startswith("--") and name in kinds, f"unknown flag {arg!r}; --help lists the flags")
         need(eq, f"flag --{name} needs a value: --{name}=...")
-        what = {bool: "True or False", int: "a whole number", float: "a number"}.get(kinds[name], "")
         try:
             given[name] = dict(true=True, false=False)[text.lower()] if kinds[name] is bool else kinds[name](text)
         except (ValueError, KeyError):
-            raise BadInput(f"--{name}={text} is not {what}")
-    need(given.get("preset", "") in ("", *presets), f"no preset {given.get('preset')!r}; there are {', '.join(presets)}")
-    return Config(**{**presets.get(given.get("preset"), {}), **given})
+            kind = {bool: "True or False", int: "a whole number"}.get(kinds[name], "a number")
+            raise BadInput(f"--{name}={text} is not {kind}")
+    preset = given.get("preset", "")
+    need(preset in ("", *presets), f"no preset {preset!r}; there are {', '.join(presets)}")
+    return Config(**{**presets.get(preset, {}), **given})
 
 
 def check(cfg):
@@ -143,8 +142,8 @@ def check(cfg):
     need(cfg.top_p <= 1, f"--top_p={cfg.top_p} must be at most 1")
     steps = [int(s) if s.strip().isdigit() else 0 for s in cfg.steps.split(",")]
     steps = steps * cfg.iterations if len(steps) == 1 else steps
-    need(len(steps) == cfg.iterations and min(steps) >= 1, f"--steps={cfg.steps} with --iterations={cfg.iterations}: give "
-         "one whole number above 0, or one for each iteration such as 2,4,6")
+    need(len(steps) == cfg.iterations and min(steps) >= 1, f"--steps={cfg.steps} with --iterations={cfg.iterations}: "
+         "give one whole number above 0, or one for each iteration such as 2,4,6")
     return steps
 
 
@@ -174,7 +173,7 @@ class Constitution:
         return Constitution(names, sides, texts, self.numbered)
 
 
-TASK_KEYS = dict(about="", sampling_prompt=None, scoring_prompt="", response_prefix="", stop=[], drop_if_contains=[],
+TASK_KEYS = dict(about="", sampling_prompt="", scoring_prompt="", response_prefix="", stop=[], drop_if_contains=[],
                  first_must_end_with="", principles_per_constitution=2, first_always_positive=True,
                  others="independent", numbered=True, principles="principles.json", train="train.jsonl",
                  test="test.jsonl")
@@ -184,40 +183,35 @@ class Task:
     """A folder with task.json, principles.json and two files of queries. Every BadInput names the file and the fix."""
 
     def __init__(self, folder):
-        self.folder = Path(folder)
-        path = self.folder / "task.json"
+        self.folder, path = Path(folder), Path(folder) / "task.json"
         spec = self.read(path, dict)
         for key, value in spec.items():
             need(key in TASK_KEYS, f"{path}: unknown key {key!r}; there are {', '.join(TASK_KEYS)}")
-            kind = str if TASK_KEYS[key] is None else type(TASK_KEYS[key])
-            need(isinstance(value, kind), f"{path}: {key!r} must be a {kind.__name__}, it is {value!r}")
-        need("sampling_prompt" in spec, f"{path}: no 'sampling_prompt'; give the text before a response")
-        spec = {**TASK_KEYS, "scoring_prompt": spec["sampling_prompt"], **spec}
-        for key in ("sampling_prompt", "scoring_prompt"):
-            for slot in ("{query}", "{constitution}"):
-                need(slot in spec[key], f"{path}: {key!r} has no {slot}; put it where the {slot[1:-1]} belongs")
+            kind = type(TASK_KEYS[key])
+            need(isinstance(value, kind), f"{path}: {key!r} must be of type {kind.__name__}, it is {value!r}")
+        spec = {**TASK_KEYS, "scoring_prompt": spec.get("sampling_prompt", ""), **spec}
         need(spec["others"] in ("independent", "complement"), f"{path}: 'others' must be independent or complement")
-        self.templates = spec.pop("sampling_prompt"), spec.pop("scoring_prompt")
+        self.templates = {key: spec.pop(key) for key in ("sampling_prompt", "scoring_prompt")}
+        for key, slot in [(key, slot) for key in self.templates for slot in ("{query}", "{constitution}")]:
+            need(slot in self.templates[key], f"{path}: {key!r} has no {slot}; put it where the {slot[1:-1]} belongs")
         self.__dict__.update(spec)
         self.principles, self.heldout = [], []
         path = self.folder / spec["principles"]
         for i, p in enumerate(self.read(path, list), 1):
-            need(isinstance(p, dict) and p.get("name"), f"{path}: entry {i} has no 'name'")
-            for side in ("positive", "negative"):
-                p[side] = [p[side]] if isinstance(p.get(side), str) else p.get(side)
-                need(p[side], f"{path}: principle {p['name']!r} has no {side!r}; each needs a positive side and its "
-                              "antithesis, the negative one")
+            for key in ("name", "positive", "negative"):
+                need(isinstance(p, dict) and p.get(key), f"{path}: principle {i} has no {key!r}; each has a name, a "
+                     "positive side, and its antithesis as the negative side")
+                p[key] = [p[key]] if key != "name" and isinstance(p[key], str) else p[key]  # one wording or several
             (self.heldout if p.get("heldout") else self.principles).append(p)
-        k = self.principles_per_constitution
-        need(1 <= k <= len(self.principles), f"{self.folder}/task.json: principles_per_constitution is {k}, but {path} has "
-             f"{len(self.principles)} principles to train on")
+        need(1 <= self.principles_per_constitution <= len(self.principles), f"{self.folder}/task.json: "
+             f"principles_per_constitution must lie between 1 and the {len(self.principles)} principles to train on")
         self.train, self.test = self.queries(spec["train"]), self.queries(spec["test"])
         both = {q["query"] for q in self.train} & {q["query"] for q in self.test}
-        need(not both, f"{self.folder}: the query {min(both, default='')[:60]!r} is in {spec['train']} and in "
-             f"{spec['test']}; remove it from one")
+        need(not both, f"{self.folder}: {min(both, default='')[:60]!r} is in {spec['train']} and in {spec['test']}; "
+             "remove it from one of them")
 
     def read(self, path, kind):
-        need(path.is_file(), f"{path} is missing; a task is a folder with task.json, principles.json and two .jsonl files")
+        need(path.is_file(), f"{path} is missing; a task is a folder with task.json, principles.json, two .jsonl files")
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as e:
@@ -227,19 +221,19 @@ class Task:
 
     def queries(self, name):
         path, rows = self.folder / name, []
-        need(path.is_file(), f"{path} is missing; run python {self.folder}/prepare.py, or write one "
-             "{\"query\": ...} a line")
+        form = '{"query": "..."}'
+        need(path.is_file(), f"{path} is missing; run python {self.folder}/prepare.py, or write it: one {form} a line")
         for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 row = json.loads(line)
-            except ValueError as e:
-                raise BadInput(f"{path} line {i} is not valid JSON ({e}); each line is an object {{\"query\": ...}}")
-            need(isinstance(row, dict) and isinstance(row.get("query"), str) and row["query"].strip(),
-                 f"{path} line {i} has no \"query\" text; each line is an object {{\"query\": ...}}")
+                text = row["query"].strip()
+            except (ValueError, KeyError, TypeError, AttributeError):
+                text = ""
+            need(text, f"{path} line {i} is not of the form {form}: {line[:60]!r}")
             need(row.get("focus") in (None, *(p["name"] for p in self.principles)),
-                 f"{path} line {i}: \"focus\" must name a principle that is trained on, not {row.get('focus')!r}")
+                 f"{path} line {i}: focus must name a principle that is trained on, not {row.get('focus')!r}")
             rows.append(dict(row, line=f"{path} line {i}"))
-        need(rows, f"{path} holds no queries; each line is an object {{\"query\": ...}}")
+        need(rows, f"{path} holds no queries; write one {form} a line")
         return rows
 
     def draw(self, rng, n, focus=None, heldout=False):
@@ -254,7 +248,7 @@ class Task:
         need(n <= most and k <= len(pool), f"{self.folder}: {k} principles a constitution, of {len(pool)} "
              f"{'held-out ' * heldout}ones, make at most {most} different constitutions, and n is {n}; lower --n or "
              "change principles_per_constitution in task.json")
-        chosen = sorted(rng.permutation(len(pool)), key=lambda i: pool[i]["name"] != focus)[:k]  # the focus is among them
+        chosen = sorted(rng.permutation(len(pool)), key=lambda i: pool[i]["name"] != focus)[:k]  # with the focus first
         sides = []  # n tuples of k bools
         while len(sides) < n:
             new = tuple(bool(b) for b in rng.integers(0, 2, k))
@@ -272,15 +266,14 @@ class Task:
 
     def prompt(self, x, c):
         """The text before a response when it is scored."""
-        return self.fill(self.templates[1], x, c)
+        return self.fill("scoring_prompt", x, c)
 
     def sampling_prompt(self, x, c):
         """The text before a response when it is sampled."""
-        return self.fill(self.templates[0], x, c)
+        return self.fill("sampling_prompt", x, c)
 
-    def fill(self, template, x, c):
-        parts = (part.replace("{constitution}", str(c)) for part in template.split("{query}"))
-        return x.join(parts)  # in this order, since a query may itself hold the word {constitution}
+    def fill(self, key, x, c):  # the query last, since it may itself hold the word {constitution}
+        return x.join(part.replace("{constitution}", str(c)) for part in self.templates[key].split("{query}"))
 
     def clean(self, text):
         """The response proper: up to the first stop string, without white space around it."""
@@ -297,7 +290,8 @@ class Task:
         for s in self.drop_if_contains:
             if any(s in t for t in texts):
                 return f"contains {s!r}"
-        return None if texts[0].endswith(self.first_must_end_with) else f"first lacks a final {self.first_must_end_with!r}"
+        if not texts[0].endswith(self.first_must_end_with):
+            return f"first response does not end with {self.first_must_end_with!r}"
 
 
 def load_task(folder):
@@ -318,7 +312,7 @@ def pick_device(cfg):
 
 
 def load_tokenizer(path):
-    """Model folder or hub name -> (config, tokenizer): the small files, so that bad input is met before weights load."""
+    """Model folder or hub name -> (config, tokenizer): small files, so that bad input is met before weights load."""
     from transformers import AutoConfig, AutoTokenizer  # slow to import: wrong flags should not wait for it
     from transformers.utils import logging
     logging.set_verbosity_error()
@@ -334,7 +328,7 @@ def load_tokenizer(path):
 def load_model(path, device):
     """Model folder or hub name -> causal LM with fp32 weights on `device`."""
     from transformers import AutoConfig, AutoModelForCausalLM
-    # shared-prompt scoring brings its own mask, which the fused attention kernels cannot combine with soft-capped scores
+    # scoring brings its own attention mask, which the fused kernels cannot combine with soft-capped scores
     capped = getattr(AutoConfig.from_pretrained(path).get_text_config(), "attn_logit_softcapping", None)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True,
@@ -376,13 +370,13 @@ def pick(logits, temperature, top_p, u):
         p, order = p.sort(-1, descending=True)
         p = p * (p.cumsum(-1) - p < top_p)  # the smallest set of tokens that holds top_p
     cdf = p.cumsum(-1)
-    token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:])  # (B, 1) first cdf >= u > 0: never a token of probability 0
+    token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:])  # (B, 1): the first with cdf >= u > 0 has p > 0
     return (token if order is None else order.gather(1, token))[:, 0]
 
 
 @torch.no_grad()
 def sample(model, prompts, *, max_new_tokens, temperature, top_p=1.0, eos_ids, seed, stop=None, batch=256, done=None):
-    """One response for each prompt (lists of token ids, any lengths), in the same order: lists of ids, <= max_new_tokens.
+    """One response for each prompt: lists of token ids of any lengths -> lists of at most max_new_tokens ids, in order.
 
     A response that ended by itself keeps its end id. seed: an int, or a tuple of ints for each prompt: the noise of a
     response is a function of that key and not of the batch it is in. stop: function of a response's ids so far, asked
@@ -390,7 +384,7 @@ def sample(model, prompts, *, max_new_tokens, temperature, top_p=1.0, eos_ids, s
     """
     device, responses = next(model.parameters()).device, [[] for _ in prompts]
     keys = [(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else seed
-    # similar lengths side by side, so that there is little or no padding, the longest first: memory runs out at once or never
+    # similar lengths side by side for little or no padding; the longest first, so that memory runs out at once or never
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
     for rows in (order[i:i + batch] for i in range(0, len(order), batch)):
         distinct = sorted({tuple(prompts[i]) for i in rows})
@@ -410,8 +404,8 @@ def sample(model, prompts, *, max_new_tokens, temperature, top_p=1.0, eos_ids, s
                                 device=device)  # (D, width)
             layout = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1)[:, shared:])
         out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **layout)
-        cache, logits, mask = out.past_key_values, out.logits[index, -1], None if mask is None else mask[index]  # (B, V)
-        cache.batch_select_indices(index)
+        cache, logits, mask = out.past_key_values, out.logits[index, -1], None if mask is None else mask[index]
+        cache.batch_select_indices(index)  # from one row a distinct prompt to one row a response
         u = np.stack([rng(*keys[i]).random(max_new_tokens, dtype=np.float32) for i in rows])
         u = 1 - torch.tensor(u, device=device)  # (B, max_new_tokens) in (0, 1]
         running = list(rows)  # row b of the batch is the response to prompt running[b], or None when that has finished
@@ -441,7 +435,7 @@ def sample(model, prompts, *, max_new_tokens, temperature, top_p=1.0, eos_ids, s
 
 
 class HeadLogps(torch.autograd.Function):
-    """log softmax(cap * tanh(scale * (h W' + b) / cap)) at given tokens, holding few rows of the (K, V) logits at a time.
+    """log softmax(cap * tanh(scale * (h W' + b) / cap)) at given tokens, with few rows of the (K, V) logits at a time.
 
     h (K, D), w (V, D), b (V,) or None, target (K,) -> (K,) fp32, nats. Backward computes the logits again, since what a
     token weighs in the loss is known only once the whole matrix is. The gradient of w accumulates in fp32.
@@ -484,7 +478,7 @@ class HeadLogps(torch.autograd.Function):
 
 
 def sibling_mask(config, segment, position):
-    """Additive attention mask (B, 1, S, S), 0 or very negative: a token sees its prompt and its own response up to itself.
+    """Additive attention mask (B, 1, S, S): a token sees its prompt and its own response up to itself.
 
     segment (B, S): 0 = prompt, j = j-th response, -1 = padding. A model adds nothing to a mask it is given, so sliding
     windows are built in, over positions and not places in the row; models that mix layers take a mask for each kind.
@@ -524,7 +518,9 @@ def shared_logps(model, prompts, siblings):
         layout = dict(attention_mask=sibling_mask(config, segment, position), position_ids=position)
     hidden = model.base_model(ids, use_cache=False, **layout).last_hidden_state  # (B, S, D)
     head = model.get_output_embeddings()
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
+    if type(head) is not torch.nn.Linear:  # an adapter's share of the logits would be lost
+        raise NotImplementedError("its output head is no plain linear layer")
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     # only the predicting positions reach the vocabulary
     return HeadLogps.apply(hidden.flatten(0, 1)[source], head.weight, head.bias, target, scale,
                            getattr(config, "final_logit_softcapping", None))
@@ -547,17 +543,17 @@ def can_share(model, prompts, siblings):
         plain = plain_logps(model, prompts, siblings)
         try:
             worst = (shared_logps(model, prompts, siblings) - plain).abs().max().item()
+            why = f"log-probs off by {worst:.1g}"
         except (NotImplementedError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
-            worst, plain = math.inf, e
-    works = worst < 1e-4 * (1 + plain.abs().max().item()) if math.isfinite(worst) else False
+            worst, why = math.inf, str(e).split("\n")[0]
+    works = worst < 1e-4 * (1 + plain.abs().max().item())
     if not works:
-        print(f"scoring every pair apart: this architecture does not let responses share a prompt ("
-              + (f"log-probs off by {worst:.1g}" if math.isfinite(worst) else str(plain).split("\n")[0]) + ")", flush=True)
-    return works and type(model.get_output_embeddings()) is torch.nn.Linear
+        print(f"scoring every pair apart: responses cannot share a prompt in this architecture ({why})", flush=True)
+    return works
 
 
 def score(model, prompts, siblings):
-    """log pi of every response token: prompts[b] with each of siblings[b] behind it -> lists of lists of (len(y),), nats.
+    """log pi of every response token: prompts[b] with each of siblings[b] behind it -> lists of lists of (len(y),).
 
     All are lists of token ids, none empty (ValueError). The first call on a model compares shared with plain scoring.
     """
@@ -582,7 +578,7 @@ def as_matrix(cells, reduce):
 
 
 def logp_matrix(model, prompts, responses, reduce="mean"):
-    """Every response under every prompt: n and n lists of ids -> (n, n) nats, row i = prompt i, column j = response j."""
+    """Every response under every prompt: lists of ids -> (n, n) nats, rows i = prompts, columns j = responses."""
     return as_matrix(score(model, prompts, [responses] * len(prompts)), reduce)
 
 
@@ -630,7 +626,7 @@ def answer(model, tokenizer, task, pairs, cfg, keys, temperature, desc=None):
         ended = ids[-1] in eos_ids
         whole = body = prefix + (ids[:-1] if ended else ids)
         text = task.clean(tokenizer.decode(body))
-        # the fewest ids that spell the text: a token may hold the last letters of a response and the start of a stop string
+        # the fewest ids that spell the text: a token may hold the end of a response and the start of a stop string
         while body and tokenizer.decode(body[:-1]).lstrip().startswith(text):
             body = body[:-1]
         if cfg.score_eos and ended and body == whole:
@@ -659,7 +655,7 @@ def sample_queries(model, tokenizer, task, queries, cfg, iteration, temperature,
 
 
 def collect(model, tokenizer, task, cfg, iteration, wanted):
-    """Sample this iteration's half of the training queries until `wanted` pass the filters, or all have been sampled."""
+    """Sample this iteration's half of the training queries until `wanted` pass the filters, or all are sampled."""
     total = min(cfg.max_queries or len(task.train), len(task.train))
     half = np.arange((iteration - 1) % 2, total, 2)  # not the half that the sampling model was trained on
     todo, examples, missing = rng(cfg.seed, iteration).permutation(half).tolist(), [], wanted
@@ -703,11 +699,11 @@ def add_base_logps(base, examples, cfg, device, dtype):
                 e["base_logps"] = all_tokens(cells)
 
 
-def measures(logp, cells=None, base_logps=None, cfg=None):
+def measures(logp):
     """What is logged of one query's matrix (n, n): were the diagonal entries the largest of their rows and columns?"""
     hit = torch.arange(len(logp), device=logp.device)
-    return dict(row_accuracy=(logp.argmax(1) == hit).float().mean(), col_accuracy=(logp.argmax(0) == hit).float().mean(),
-                diagonal=logp.diag().mean())
+    row, col = ((logp.argmax(dim) == hit).float().mean() for dim in (1, 0))
+    return dict(row_accuracy=row, col_accuracy=col, diagonal=logp.diag().mean())
 
 
 def train(model, examples, steps, cfg, device, dtype, report):
@@ -732,8 +728,8 @@ def train(model, examples, steps, cfg, device, dtype, report):
                 tokens += sum(map(len, e["prompts"])) + cfg.n * sum(map(len, e["ids"]))
             total.backward()
         if not math.isfinite(logged["loss"]):
-            raise RunFailed(f"the loss is {logged['loss']} at step {step + 1}: lower --lr (now {cfg.lr}), or set --warmup or "
-                            "--grad_clip; finished iterations are kept")
+            raise RunFailed(f"the loss is {logged['loss']} at step {step + 1}: lower --lr (now {cfg.lr}), or set "
+                            "--warmup or --grad_clip; finished iterations are kept")
         norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf, foreach=False)
         before = [seen(p, dtype) for p in params]
         optimizer.param_groups[0]["lr"] = cfg.lr * min(1, (step + 1) / max(1, cfg.warmup))
@@ -745,7 +741,7 @@ def train(model, examples, steps, cfg, device, dtype, report):
 
 
 def seen(p, dtype):
-    """Some thousand entries of a weight as the forward pass sees them: a step that rounds to nothing there is no step."""
+    """Some thousand entries of a weight as the forward pass sees them: what rounds to nothing there has not changed."""
     return p.detach().flatten()[::max(1, p.numel() // 4096)].to(dtype, copy=True)
 
 
@@ -760,8 +756,8 @@ def heldout_information(model, tokenizer, task, cfg, device, dtype):
         examples = sample_queries(model, tokenizer, task, queries, cfg, 0, 1.0, "held-out queries")
         examples = [e for e in examples if all(e["ids"])]
         if not examples:
-            raise RunFailed(f"every held-out response is empty: does --model={cfg.model} end its text behind the prompts of "
-                            f"{cfg.task}/task.json?")
+            raise RunFailed(f"every held-out response is empty: does --model={cfg.model} end its text right behind the "
+                            f"prompts of {cfg.task}/task.json?")
         for group in passes(examples, cfg):
             for e, cells in zip(group, score_examples(model, group)):
                 e["logp"] = as_matrix(cells, cfg.reduce)
@@ -769,7 +765,8 @@ def heldout_information(model, tokenizer, task, cfg, device, dtype):
     out = dict(infonce_cap=math.log(cfg.n), examples=examples)
     for name in examples[0]["measures"]:
         values = [float(e["measures"][name]) for e in examples]
-        out[name], out[name + "_se"] = float(np.mean(values)), float(np.std(values, ddof=len(values) > 1) / len(values)**.5)
+        out[name] = float(np.mean(values))
+        out[name + "_se"] = float(np.std(values, ddof=len(values) > 1) / len(values)**.5)
     return out
 
 
@@ -840,7 +837,7 @@ def main(argv):
     flags = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default}
     print(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M weights in float32, computing in "
           f"{str(dtype)[6:]} on {device} | flags: {flags or 'none'}")
-    print(f"{cfg.task}: {len(task.train)} train and {len(task.test)} test queries, {len(task.principles)} principles and "
+    print(f"{cfg.task}: {len(task.train)} train and {len(task.test)} test queries, {len(task.principles)} principles, "
           f"{len(task.heldout)} held out | n = {cfg.n}, chance: loss {math.log(cfg.n):.3f}, accuracy {1 / cfg.n:.2f}")
     log, started = [], time.time()
 
@@ -866,8 +863,8 @@ def main(argv):
         print(f"iteration {iteration}: {len(examples)} queries sampled, {len(usable)} usable"
               + "".join(f", {why.count(w)} dropped: {w}" for w in sorted(set(why))), flush=True)
         if not usable:
-            raise RunFailed(f"all samples of iteration {iteration} were filtered out, {path} says why; loosen the filters "
-                            f"of {cfg.task}/task.json, or raise --temperature or --max_new_tokens")
+            raise RunFailed(f"all samples of iteration {iteration} were filtered out, {path} says why; loosen the "
+                            f"filters of {cfg.task}/task.json, or raise --temperature or --max_new_tokens")
         if len(usable) < wanted:
             steps[iteration - 1] = math.ceil(len(usable) / cfg.batch_size)
             print(f"too few usable queries for more than {steps[iteration - 1]} steps")
