@@ -1,0 +1,124 @@
+"""
+Responses of any model or checkpoint to the queries of a task, as JSON lines; or principles for a new task.
+
+    python generate.py --model=out/iteration-3                          the test queries of data/toy
+    python generate.py --model=gpt2 --task=data/tldr --temperature=0.7  any causal LM of the hub
+    python generate.py --model=... --write_principles="summarise Reddit posts: concise, comprehensive"
+
+Each line of --out is {"query", "constitution", "sides", "response", "tokens"}. A run that was stopped goes on where it
+was: queries that already have a line are skipped.
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import sami
+from sami import need
+
+
+@dataclass
+class Config:
+    model: str = "data/toy/base"  # Hugging Face folder or hub name
+    task: str = "data/toy"  # folder with the prompts, principles and queries
+    queries: str = ""  # file of {"query": ...} lines; default: the task's test queries
+    constitution: str = ""  # this text for every query; default: drawn from the task's principles
+    heldout: bool = False  # draw from the principles that training never sees
+    out: str = "responses.jsonl"  # where the lines go
+    limit: int = 0  # only the first so many queries; 0 = all
+    temperature: float = 0.0  # 0 = greedy
+    top_p: float = 1.0  # sample from the smallest set of tokens with this probability
+    max_new_tokens: int = 48  # longest response
+    sample_batch: int = 256  # responses sampled side by side; lower it when memory runs out
+    seed: int = 1  # draws and noise are functions of it and of the query's place in the file
+    device: str = "auto"  # auto | cpu | cuda | mps
+    dtype: str = "auto"  # of computation: auto | float32 | bfloat16
+    write_principles: str = ""  # "what to do: name, name, ...": write a principle and its antithesis for each name
+    score_eos = False  # a constant here, for sami.answer: responses are text
+
+
+EXAMPLE = """Each principle has a name, a line + that asks for it and a line - that asks for the opposite.
+
+Task: answer questions about the weather
+Name: brief
++ The answer should be one short sentence with nothing that was not asked for.
+- The answer should be long, with many details that nobody asked for.
+Name: cautious
++ The answer should say how sure it is and what could turn out differently.
+- The answer should sound certain and leave out every doubt.
+
+Task: {task}
+Name: {name}
++"""
+
+
+def parse_principle(text):
+    """What a model wrote behind the example's last "+" -> (positive, negative), or None unless it has exactly the form
+    of one line and one more that begins with "-". It is only ever read as text."""
+    lines = [line.strip() for line in ("+" + text).strip().split("\n")[:2]]
+    if len(lines) < 2 or lines[0][:1] != "+" or lines[1][:1] != "-":
+        return None
+    positive, negative = (line[1:].strip() for line in lines)
+    fine = all(10 <= len(t) <= 300 and "{" not in t for t in (positive, negative)) and positive != negative
+    return (positive, negative) if fine else None
+
+
+def write_principles(model, tokenizer, cfg, tries=8):
+    """Principle and antithesis for each name in --write_principles, by the model itself -> list as in principles.json."""
+    what, _, names = cfg.write_principles.partition(":")
+    names = [name.strip() for name in names.split(",") if name.strip()]
+    need(what.strip() and names, "--write_principles needs the form \"what to do: name, name, ...\"")
+    found = {}
+    for attempt in range(tries):  # the noise of a try depends on (seed, try, name) alone
+        missing = [name for name in names if name not in found]
+        prompts = [sami.encode(tokenizer, EXAMPLE.replace("{task}", what.strip()).replace("{name}", name))[0]
+                   for name in missing]
+        texts = sami.sample(model, prompts, max_new_tokens=120, temperature=cfg.temperature or 0.7, top_p=cfg.top_p,
+                            eos_ids=sami.end_ids(model, tokenizer), batch=cfg.sample_batch,
+                            seed=[(cfg.seed, attempt, names.index(name)) for name in missing])
+        for name, ids in zip(missing, texts):
+            if pair := parse_principle(tokenizer.decode(ids, skip_special_tokens=True)):
+                found[name] = dict(name=name, positive=pair[0], negative=pair[1], heldout=False)
+        if len(found) == len(names):
+            return [found[name] for name in names]
+    missing = ", ".join(name for name in names if name not in found)
+    raise sami.RunFailed(f"{cfg.model} wrote no principle of the right form for: {missing} ({tries} tries); use a larger model "
+                         "or write them by hand")
+
+
+def main(argv):
+    cfg = sami.parse(Config, argv)
+    device, dtype = sami.pick_device(cfg)
+    task = None if cfg.write_principles else sami.load_task(cfg.task)
+    _, tokenizer = sami.load_tokenizer(cfg.model)
+    out = Path(cfg.out)
+    if cfg.write_principles:
+        with sami.compute(device, dtype):
+            entries = write_principles(sami.load_model(cfg.model, device), tokenizer, cfg)
+        text = "[\n" + ",\n".join(" " + json.dumps(e) for e in entries) + "\n]\n"
+        sami.write(out.with_suffix(".json"), text)
+        print(text + f"written to {out.with_suffix('.json')}: read and edit every line before you train on it")
+        return
+    queries = (task.queries(Path(cfg.queries).resolve()) if cfg.queries else task.test)[:cfg.limit or None]
+    done = {json.loads(line)["query"] for line in out.read_text(encoding="utf-8").splitlines()} if out.exists() else set()
+    todo = [(i, q) for i, q in enumerate(queries) if q["query"] not in done]
+    print(f"{len(queries)} queries, {len(queries) - len(todo)} already in {out}")
+    model = sami.load_model(cfg.model, device) if todo else None
+    for chunk in (todo[k:k + cfg.sample_batch] for k in range(0, len(todo), cfg.sample_batch)):
+        drawn = [task.draw(sami.rng(cfg.seed, i), 1, heldout=cfg.heldout)[0] for i, _ in chunk]
+        pairs = [(q["query"], cfg.constitution or c) for (_, q), c in zip(chunk, drawn)]
+        with sami.compute(device, dtype):
+            answers = sami.answer(model, tokenizer, task, pairs, cfg, [(cfg.seed, i, 0) for i, _ in chunk],
+                                  cfg.temperature, f"{len(todo)} responses")
+        with open(out, "a", encoding="utf-8") as f:
+            for (x, c), drawn_c, a in zip(pairs, drawn, answers):
+                sides = {} if cfg.constitution else dict(zip(drawn_c.names, drawn_c.sides))
+                f.write(json.dumps(dict(query=x, constitution=str(c), sides=sides, response=a["text"],
+                                        tokens=len(a["response"]))) + "\n")
+    for line in out.read_text(encoding="utf-8").splitlines()[:2]:
+        e = json.loads(line)
+        print(f"\n{e['constitution']}\nquery: {e['query']}\nresponse: {e['response']}")
+    print(f"\n{len(queries)} responses in {out}")
+
+
+if __name__ == "__main__":
+    sami.run(main)
