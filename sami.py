@@ -173,35 +173,44 @@ class Constitution:
         return Constitution(names, sides, texts, self.numbered)
 
 
-TASK_KEYS = dict(about="", sampling_prompt="", scoring_prompt="", response_prefix="", stop=[], drop_if_contains=[],
-                 first_must_end_with="", principles_per_constitution=2, first_always_positive=True,
-                 others="independent", numbered=True, principles="principles.json", train="train.jsonl",
-                 test="test.jsonl")
+TASK_KEYS = dict(about="", sampling_prompt="", scoring_prompt="", response_prefix="", answer_after="", stop=[],
+                 drop_if_contains=[], first_must_end_with="", principles_per_constitution=2,
+                 first_always_positive=True, others="independent", numbered=True, principles="principles.json",
+                 train="train.jsonl", test="test.jsonl")
 
 
 class Task:
     """A folder with task.json, principles.json and two files of queries. Every BadInput names the file and the fix."""
 
     def __init__(self, folder):
-        self.folder, path = Path(folder), Path(folder) / "task.json"
+        path = Path(folder) if str(folder).endswith(".json") else Path(folder) / "task.json"
+        self.folder = path.parent
         spec = self.read(path, dict)
         for key, value in spec.items():
             need(key in TASK_KEYS, f"{path}: unknown key {key!r}; there are {', '.join(TASK_KEYS)}")
             kind = type(TASK_KEYS[key])
-            need(isinstance(value, kind), f"{path}: {key!r} must be of type {kind.__name__}, it is {value!r}")
+            fine = isinstance(value, kind) and (kind is not list or all(isinstance(v, str) and v for v in value))
+            need(fine, f"{path}: {key!r} must be of type {kind.__name__}{' of texts' * (kind is list)}, not {value!r}")
         spec = {**TASK_KEYS, "scoring_prompt": spec.get("sampling_prompt", ""), **spec}
         need(spec["others"] in ("independent", "complement"), f"{path}: 'others' must be independent or complement")
         self.templates = {key: spec.pop(key) for key in ("sampling_prompt", "scoring_prompt")}
         for key, slot in [(key, slot) for key in self.templates for slot in ("{query}", "{constitution}")]:
             need(slot in self.templates[key], f"{path}: {key!r} has no {slot}; put it where the {slot[1:-1]} belongs")
         self.__dict__.update(spec)
-        self.principles, self.heldout = [], []
+        self.principles, self.heldout = [], []  # lists of dicts: name, positive, negative, heldout
         path = self.folder / spec["principles"]
         for i, p in enumerate(self.read(path, list), 1):
-            for key in ("name", "positive", "negative"):
-                need(isinstance(p, dict) and p.get(key), f"{path}: principle {i} has no {key!r}; each has a name, a "
-                     "positive side, and its antithesis as the negative side")
-                p[key] = [p[key]] if key != "name" and isinstance(p[key], str) else p[key]  # one wording or several
+            for side in ("positive", "negative"):
+                texts = p.get(side) if isinstance(p, dict) else None
+                texts = [texts] if isinstance(texts, str) else texts  # one wording or several
+                fine = isinstance(texts, list) and texts and all(isinstance(t, str) and t for t in texts)
+                need(fine, f"{path}: principle {i} has no {side!r} text; each has a name, a positive side, and its "
+                     "antithesis as the negative side")
+                p[side] = texts
+            names = [q["name"] for q in self.principles + self.heldout]
+            fine = p.get("name") and isinstance(p["name"], str) and p["name"] not in names
+            need(fine, f"{path}: principle {i} needs a 'name' of its own, not {p.get('name')!r}")
+            need(isinstance(p.get("heldout", False), bool), f"{path}: principle {i}: 'heldout' must be true or false")
             (self.heldout if p.get("heldout") else self.principles).append(p)
         need(1 <= self.principles_per_constitution <= len(self.principles), f"{self.folder}/task.json: "
              f"principles_per_constitution must lie between 1 and the {len(self.principles)} principles to train on")
@@ -223,7 +232,7 @@ class Task:
         path, rows = self.folder / name, []
         form = '{"query": "..."}'
         need(path.is_file(), f"{path} is missing; run python {self.folder}/prepare.py, or write it: one {form} a line")
-        for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for i, line in enumerate(path.read_bytes().rstrip().split(b"\n"), 1):  # no splitlines(): texts may hold U+2028
             try:
                 row = json.loads(line)
                 text = row["query"].strip()
@@ -276,10 +285,15 @@ class Task:
         return x.join(part.replace("{constitution}", str(c)) for part in self.templates[key].split("{query}"))
 
     def clean(self, text):
-        """The response proper: up to the first stop string, without white space around it."""
+        """The response proper: behind any reasoning, up to the first stop string, without white space around it."""
+        text = self.behind_reasoning(text)
         for s in self.stop:
             text = text.split(s)[0]
         return text.strip()
+
+    def behind_reasoning(self, text):
+        """Empty where the reasoning came to no answer."""
+        return text.partition(self.answer_after)[2].lstrip() if self.answer_after else text
 
     def drop(self, texts):
         """Why these n responses to one query are not trained on, or None."""
@@ -295,7 +309,7 @@ class Task:
 
 
 def load_task(folder):
-    """Folder -> Task; raises BadInput with file, line and fix."""
+    """Folder, or a task's .json file -> Task; raises BadInput with file, line and fix."""
     return Task(folder)
 
 
@@ -317,7 +331,9 @@ def load_tokenizer(path):
     from transformers.utils import logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    need((Path(path) / "config.json").is_file() or not Path(path).exists() and path.count("/") == 1,
+    owner, _, name = path.rpartition("/")
+    hub = name and "/" not in owner and not Path(path).exists() and not (owner and Path(owner).exists())
+    need(hub or (Path(path) / "config.json").is_file(),
          f"--model={path} is neither a folder with a config.json nor a hub name such as mistralai/Mistral-7B-v0.1")
     try:
         return AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
@@ -333,7 +349,7 @@ def load_model(path, device):
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True,
                                                      attn_implementation="eager" if capped else None)
-    except (OSError, ValueError) as e:
+    except Exception as e:  # safetensors has kinds of its own
         raise BadInput(f"--model={path} cannot be loaded: {' '.join(str(e).split())[:300]}")
     return model.to(device).eval()  # and never .train(): dropout would put noise into the contrast
 
@@ -382,27 +398,33 @@ def sample(model, prompts, *, max_new_tokens, temperature, top_p=1.0, eos_ids, s
     response is a function of that key and not of the batch it is in. stop: function of a response's ids so far, asked
     every 8 tokens: end it? done: called with the number of responses that have just finished.
     """
-    device, responses = next(model.parameters()).device, [[] for _ in prompts]
+    if not all(prompts):
+        raise ValueError("cannot continue an empty prompt")
+    device, responses, config = next(model.parameters()).device, [[] for _ in prompts], model.config.get_text_config()
+    window = min(getattr(config, name, None) or math.inf for name in ("sliding_window", "window_size"))
     keys = [(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else seed
     # similar lengths side by side for little or no padding; the longest first, so that memory runs out at once or never
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
     for rows in (order[i:i + batch] for i in range(0, len(order), batch)):
         distinct = sorted({tuple(prompts[i]) for i in rows})
-        index = torch.tensor([distinct.index(tuple(prompts[i])) for i in rows], device=device)  # (B,)
-        # run once what all prompts of the batch begin with, then once the rest of each distinct prompt
-        shared, cache = min(len(os.path.commonprefix(distinct)), min(map(len, distinct)) - 1), None
-        if shared >= 16 and len(distinct) > 1:
-            cache = model(torch.tensor([distinct[0][:shared]], device=device), use_cache=True).past_key_values
+        place = {p: k for k, p in enumerate(distinct)}
+        index = torch.tensor([place[tuple(prompts[i])] for i in rows], device=device)  # (B,)
+        short, width = min(map(len, distinct)), max(map(len, distinct))
+        # run once what all prompts of the batch begin with, then once the rest of each distinct prompt; padding then
+        # stands between the two, where a sliding window would count it
+        shared, cache = min(len(os.path.commonprefix(distinct)), short - 1), None
+        if shared >= 16 and len(distinct) > 1 and (short == width or width + max_new_tokens <= window):
+            ids = torch.tensor([distinct[0][:shared]], device=device)
+            cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
             cache.batch_select_indices(torch.zeros_like(index)[:1].repeat(len(distinct)))
         else:
             shared = 0
-        width = max(map(len, distinct))
         ids = torch.tensor([[0] * (width - len(p)) + list(p[shared:]) for p in distinct], device=device)  # left padding
         layout, mask = {}, None
-        if min(map(len, distinct)) < width:  # equal lengths need no mask, and attention is faster without
+        if short < width:  # equal lengths need no mask, and attention is faster without
             mask = torch.tensor([[1] * shared + [0] * (width - len(p)) + [1] * (len(p) - shared) for p in distinct],
                                 device=device)  # (D, width)
-            layout = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1)[:, shared:])
+            layout = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, shared:])
         out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **layout)
         cache, logits, mask = out.past_key_values, out.logits[index, -1], None if mask is None else mask[index]
         cache.batch_select_indices(index)  # from one row a distinct prompt to one row a response
@@ -484,9 +506,11 @@ def sibling_mask(config, segment, position):
     windows are built in, over positions and not places in the row; models that mix layers take a mask for each kind.
     """
     kinds = set(getattr(config, "layer_types", None) or [])
-    if kinds - {"full_attention", "sliding_attention"}:
-        raise NotImplementedError(f"it has layers of kind {min(kinds - {'full_attention', 'sliding_attention'})}")
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    strange = kinds - {"full_attention", "sliding_attention"} | {"window_size"} & set(vars(config))
+    if strange:  # seen only in texts longer than the window, so a comparison on short ones would not tell
+        raise NotImplementedError(f"it has layers with {min(strange)}")
+    window = getattr(config, "sliding_window", None) if kinds != {"full_attention"} else None
+    window = window if getattr(config, "use_sliding_window", True) else None
     same = (segment[:, :, None] == segment[:, None, :]) | (segment == 0)[:, None, :]  # (B, S, S)
     full = same & torch.ones_like(same).tril()
     near = full & (position[:, :, None] - position[:, None, :] < window) if window else full
@@ -500,7 +524,7 @@ def shared_logps(model, prompts, siblings):
     blind to the others: a prompt runs once, not n times. -> log-prob of every response token in order, (K,) nats."""
     config, device = model.config.get_text_config(), next(model.parameters()).device
     width = max(len(p) + sum(len(y) - 1 for y in ys) for p, ys in zip(prompts, siblings))
-    width += -width % 8  # attention kernels like multiples of 8
+    width += -width % 8 if max(map(len, siblings)) > 1 else 0  # attention with a mask likes multiples of 8
     ids, segment, position, source, target = [], [], [], [], []
     for b, (p, ys) in enumerate(zip(prompts, siblings)):
         row, seg, pos = list(p), [0] * len(p), list(range(len(p)))
@@ -517,6 +541,8 @@ def shared_logps(model, prompts, siblings):
     if max(map(len, siblings)) > 1:
         layout = dict(attention_mask=sibling_mask(config, segment, position), position_ids=position)
     hidden = model.base_model(ids, use_cache=False, **layout).last_hidden_state  # (B, S, D)
+    if torch.is_autocast_enabled(device.type):  # backward runs outside of autocast and must see the same logits
+        hidden = hidden.to(torch.get_autocast_dtype(device.type))
     head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear:  # an adapter's share of the logits would be lost
         raise NotImplementedError("its output head is no plain linear layer")
@@ -559,9 +585,11 @@ def score(model, prompts, siblings):
     """
     if not (all(prompts) and all(y for ys in siblings for y in ys)):
         raise ValueError("cannot score an empty prompt or an empty response")
-    if not hasattr(model, "can_share"):
-        model.can_share = can_share(model, prompts[:2], siblings[:2])
-    logps = (shared_logps if model.can_share else plain_logps)(model, prompts, siblings)
+    several = max(map(len, siblings)) > 1
+    known = model.__dict__.setdefault("can_share", {})  # with one response a prompt, and with several
+    if several not in known:
+        known[several] = can_share(model, prompts[-2:], siblings[-2:])
+    logps = (shared_logps if known[several] else plain_logps)(model, prompts, siblings)
     parts = iter(logps.split([len(y) for ys in siblings for y in ys]))
     return [[next(parts) for _ in ys] for ys in siblings]
 
@@ -604,7 +632,7 @@ def kl_to_base(logp, base_logp):
 
 # --------------------------------------------------------------------------------------------------------- the update
 
-DRAW, ORDER, NOISE = range(3)  # what random numbers are for: the last part of their key
+DRAW, ORDER, NOISE = 1, 2, 3  # what random numbers are for: part of their key (0 at its end would change nothing)
 
 
 def compute(device, dtype):
@@ -616,16 +644,18 @@ def answer(model, tokenizer, task, pairs, cfg, keys, temperature, desc=None):
     """Sample a response to each (query, constitution) -> dicts: prompt ids, response ids (as scored), text, ended."""
     eos_ids, texts = end_ids(model, tokenizer), [task.sampling_prompt(x, c) for x, c in pairs]
     encoded = [encode(tokenizer, t, task.response_prefix) for t in texts]
-    stop = (lambda ids: any(s in tokenizer.decode(ids) for s in task.stop)) if task.stop else None
+    stopped = lambda ids: any(s in task.behind_reasoning(tokenizer.decode(ids)) for s in task.stop)
     with tqdm(total=len(pairs), desc=desc, unit="response", leave=False, disable=None) as bar:
         sampled = sample(model, [p + prefix for p, prefix in encoded], max_new_tokens=cfg.max_new_tokens, seed=keys,
-                         temperature=temperature, top_p=cfg.top_p, eos_ids=eos_ids, stop=stop, batch=cfg.sample_batch,
-                         done=bar.update)
+                         temperature=temperature, top_p=cfg.top_p, eos_ids=eos_ids, batch=cfg.sample_batch,
+                         stop=stopped if task.stop else None, done=bar.update)
     answers = []
     for (prompt, prefix), ids in zip(encoded, sampled):
         ended = ids[-1] in eos_ids
         whole = body = prefix + (ids[:-1] if ended else ids)
         text = task.clean(tokenizer.decode(body))
+        while task.answer_after and body and text in tokenizer.decode(body[1:]):
+            body = body[1:]  # the reasoning is not trained on
         # the fewest ids that spell the text: a token may hold the end of a response and the start of a stop string
         while body and tokenizer.decode(body[:-1]).lstrip().startswith(text):
             body = body[:-1]
@@ -727,10 +757,10 @@ def train(model, examples, steps, cfg, device, dtype, report):
                     logged[name] = logged.get(name, 0) + float(value.detach()) / len(batch)
                 tokens += sum(map(len, e["prompts"])) + cfg.n * sum(map(len, e["ids"]))
             total.backward()
-        if not math.isfinite(logged["loss"]):
-            raise RunFailed(f"the loss is {logged['loss']} at step {step + 1}: lower --lr (now {cfg.lr}), or set "
-                            "--warmup or --grad_clip; finished iterations are kept")
         norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf, foreach=False)
+        if not math.isfinite(logged["loss"] + norm):  # before such a step spoils the weights
+            raise RunFailed(f"step {step + 1} has loss {logged['loss']} and gradient norm {norm}: lower --lr, now "
+                            f"{cfg.lr}, or set --warmup or --grad_clip; finished iterations are kept")
         before = [seen(p, dtype) for p in params]
         optimizer.param_groups[0]["lr"] = cfg.lr * min(1, (step + 1) / max(1, cfg.warmup))
         optimizer.step()
@@ -753,7 +783,8 @@ def heldout_information(model, tokenizer, task, cfg, device, dtype):
     <name>_se, infonce_cap = log n, and the scored examples."""
     queries = list(enumerate(task.test[:cfg.eval_queries]))
     with compute(device, dtype):
-        examples = sample_queries(model, tokenizer, task, queries, cfg, 0, 1.0, "held-out queries")
+        everything = dataclasses.replace(cfg, top_p=1.0)
+        examples = sample_queries(model, tokenizer, task, queries, everything, 0, 1.0, "held-out queries")
         examples = [e for e in examples if all(e["ids"])]
         if not examples:
             raise RunFailed(f"every held-out response is empty: does --model={cfg.model} end its text right behind the "
@@ -788,7 +819,7 @@ def save_model(model, tokenizer, folder):
 
 def new_out_dir(out_dir):
     """Make the folder; an earlier run in it is renamed, so that no finished iteration is ever overwritten."""
-    if (out_dir / "sami.json").exists():
+    if out_dir.exists() and any(out_dir.iterdir()):
         aside = next(p for k in range(1, 10**6) if not (p := Path(f"{out_dir}.{k}")).exists())
         out_dir.rename(aside)
         print(f"the earlier run in {out_dir} is now in {aside}")
@@ -807,6 +838,14 @@ def check_lengths(task, config, tokenizer, cfg):
              f"--max_new_tokens={cfg.max_new_tokens} is more than the model's context of {limit}; shorten the query")
 
 
+def git_commit():
+    try:
+        here = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
+        return subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip() or None
+    except OSError:  # no git on this machine
+        return None
+
+
 def show(held, iteration):
     """Print what heldout_information found, one of the matrices and two of the responses."""
     number = lambda name: f"{held[name]:.3f} ± {held[name + '_se']:.3f}"
@@ -823,17 +862,22 @@ def show(held, iteration):
 def main(argv):
     cfg = parse(Config, argv, PRESETS)
     steps, task = check(cfg), load_task(cfg.task)
-    task.draw(rng(cfg.seed), cfg.n)  # raises where there are no n different constitutions
+    for focus in {q.get("focus") for q in task.train + task.test}:
+        task.draw(rng(cfg.seed), cfg.n, focus)  # raises where there are no n different constitutions
+    need(min(len(task.train), cfg.max_queries or math.inf) > 1, "iterations take turns on two halves of the training "
+         f"queries: {cfg.task} or --max_queries leaves one query, give at least two")
     device, dtype = pick_device(cfg)
     config, tokenizer = load_tokenizer(cfg.model)
     check_lengths(task, config, tokenizer, cfg)
     out_dir = Path(cfg.out_dir)
+    need(not out_dir.is_file(), f"--out_dir={out_dir} is a file; name a folder")
+    need(out_dir.resolve() not in Path(cfg.model).resolve().parents,
+         f"--model={cfg.model} lies in --out_dir, where this run goes; name another --out_dir")
+    model = load_model(cfg.model, device)
     new_out_dir(out_dir)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
     write(out_dir / "sami.json", json.dumps(dict(config=dataclasses.asdict(cfg), versions=versions, world_size=1,
-                                                 git_commit=commit.stdout.strip(), device=str(device)), indent=1))
-    model = load_model(cfg.model, device)
+                                                 git_commit=git_commit(), device=str(device)), indent=1))
     flags = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default}
     print(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M weights in float32, computing in "
           f"{str(dtype)[6:]} on {device} | flags: {flags or 'none'}")
@@ -845,10 +889,10 @@ def main(argv):
         log.append(dict(iteration=iteration, step=step + 1, **row, seconds=time.time() - started))
         write(out_dir / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log))
         eta = (time.time() - started) / len(log) * (sum(steps) - len(log))
-        print(f"iteration {iteration} step {step + 1:2}/{steps[iteration - 1]} | loss {row['loss']:.4f} | acc row "
-              f"{row['row_accuracy']:.2f} col {row['col_accuracy']:.2f} | diag {row['diagonal']:.3f} | kl {row['kl']:.4f} | "
-              f"norm {row['grad_norm']:.2f} | changed {row['changed']:.0%} | {row['tokens_per_second']:,.0f} tok/s | "
-              f"eta {eta:.0f} s", flush=True)
+        print(f"iteration {iteration} step {step + 1:2}/{steps[iteration - 1]} | loss {row['loss']:.4f} | "
+              f"acc row {row['row_accuracy']:.2f} col {row['col_accuracy']:.2f} | diag {row['diagonal']:.3f} | "
+              f"kl {row['kl']:.4f} | norm {row['grad_norm']:.2f} | changed {row['changed']:.0%} | "
+              f"{row['tokens_per_second']:,.0f} tok/s | eta {eta:.0f} s", flush=True)
 
     if cfg.eval_queries:
         show(heldout_information(model, tokenizer, task, cfg, device, dtype), 0)
@@ -868,15 +912,13 @@ def main(argv):
         if len(usable) < wanted:
             steps[iteration - 1] = math.ceil(len(usable) / cfg.batch_size)
             print(f"too few usable queries for more than {steps[iteration - 1]} steps")
-        last = model
-        if iteration > 1 and (cfg.restart or cfg.beta):
-            del model  # makes room where nothing else holds it
-            last = last if not cfg.restart else None
+        if cfg.restart and iteration > 1:
+            model = None  # makes room
             model = load_model(cfg.model, device)
         if cfg.beta:
-            add_base_logps(model, usable, cfg, device, dtype)
-        if not cfg.restart:
-            model = last
+            base = model if cfg.restart or iteration == 1 else load_model(cfg.model, device)
+            add_base_logps(base, usable, cfg, device, dtype)
+            base = None
         train(model, usable, steps[iteration - 1], cfg, device, dtype, lambda *args: report(iteration, *args))
         save_model(model, tokenizer, out_dir / f"iteration-{iteration}")
         if cfg.eval_queries:
