@@ -37,6 +37,8 @@ import dataclasses, importlib.metadata, inspect, json, math, os, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on busy CPUs, threads that wait must not keep others from working
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -53,10 +55,10 @@ class Config:
     model: str = "data/toy/base"  # base model: Hugging Face folder or hub name
     out_dir: str = "out"  # checkpoints, samples, logs; an earlier run there is moved aside, never overwritten
     iterations: int = 3  # rounds of sampling and training
-    steps: str = "8,12,16"  # gradient steps: one number, or one for each iteration
+    steps: str = "4,8,12"  # gradient steps: one number, or one for each iteration
     batch_size: int = 16  # queries a step
     n: int = 4  # constitutions per query, one response each
-    lr: float = 2e-4  # learning rate, constant after the warm-up
+    lr: float = 3e-4  # learning rate, constant after the warm-up
     optimizer: str = "adamw"  # adamw | rmsprop
     warmup: int = 0  # steps over which lr rises linearly
     grad_clip: float = 0.0  # largest gradient norm; 0 = no clipping
@@ -64,15 +66,16 @@ class Config:
     contrast: str = "two-sided"  # two-sided | constitutions (column term only) | responses (row term only)
     reduce: str = "mean"  # a response's log-prob: mean | sum over its tokens
     score_eos: bool = False  # score the end-of-text token too, where the model ended by itself
-    temperature: float = 0.5  # of sampling for training; 0 = greedy
+    temperature: float = 0.8  # of sampling for training; 0 = greedy
     top_p: float = 1.0  # sample from the smallest set of tokens with this probability
-    max_new_tokens: int = 48  # longest response
+    max_new_tokens: int = 32  # longest response
     restart: bool = True  # every iteration trains the base model again; False: continues with the last one
     max_queries: int = 0  # use only the first so many training queries; 0 = all
     eval_queries: int = 64  # test queries for infonce and accuracies, before and after each iteration; 0 = skip
     tokens_per_pass: int = 8192  # tokens in one scoring pass; lower it when memory runs out in training
     sample_batch: int = 256  # responses sampled side by side; lower it when memory runs out in sampling
     seed: int = 1  # data order, draws and sampling noise are functions of it
+    seeds: str = ""  # several runs, such as 1,2,3, into the folders seed-1, seed-2, ... of out_dir
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: str = "auto"  # of computation: auto | float32 | bfloat16; weights stay float32
 
@@ -861,6 +864,18 @@ def show(held, iteration):
 
 def main(argv):
     cfg = parse(Config, argv, PRESETS)
+    seeds = cfg.seeds.split(",") if cfg.seeds else []
+    need(all(s.isdigit() for s in seeds) and len(set(seeds)) == len(seeds),
+         f"--seeds={cfg.seeds}: give different whole numbers such as 1,2,3")
+    if not seeds:
+        sami(cfg)
+    for s in seeds:
+        sami(dataclasses.replace(cfg, seed=int(s), seeds="", out_dir=f"{cfg.out_dir}/seed-{s}"))
+    print(f"next: python evaluate.py --out_dir={cfg.out_dir}")
+
+
+def sami(cfg):
+    """The loop: sample, train, save, measure, with one seed."""
     steps, task = check(cfg), load_task(cfg.task)
     for focus in {q.get("focus") for q in task.train + task.test}:
         task.draw(rng(cfg.seed), cfg.n, focus)  # raises where there are no n different constitutions
@@ -923,7 +938,7 @@ def main(argv):
         save_model(model, tokenizer, out_dir / f"iteration-{iteration}")
         if cfg.eval_queries:
             show(heldout_information(model, tokenizer, task, cfg, device, dtype), iteration)
-    print(f"done in {time.time() - started:.0f} s | next: python evaluate.py --out_dir={cfg.out_dir}")
+    print(f"done in {time.time() - started:.0f} s, everything is in {out_dir}")
 
 
 def run(main):
