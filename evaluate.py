@@ -107,9 +107,8 @@ if __name__ == "__main__" and any(a.startswith("--rescore=") for a in sys.argv):
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2)
 
-import torch
-
 import sami
+import torch
 from sami import BadInput, Constitution, RunFailed, compute, encode, load_model, load_tokenizer, need, rng, write
 
 SETS = ("learned", "heldout", "positive", "negative", "mixed", "paraphrased", "reordered")
