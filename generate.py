@@ -27,7 +27,7 @@ class Config:
     limit: int = 0  # only the first so many queries; 0 = all
     temperature: float = 0.0  # 0 = greedy
     top_p: float = 1.0  # sample from the smallest set of tokens with this probability
-    max_new_tokens: int = 48  # longest response
+    max_new_tokens: int = 32  # longest response
     sample_batch: int = 256  # responses sampled side by side; lower it when memory runs out
     seed: int = 1  # draws and noise are functions of it and of the query's place in the file
     device: str = "auto"  # auto | cpu | cuda | mps

@@ -512,8 +512,10 @@ def sibling_mask(config, segment, position):
     strange = kinds - {"full_attention", "sliding_attention"} | {"window_size"} & set(vars(config))
     if strange:  # seen only in texts longer than the window, so a comparison on short ones would not tell
         raise NotImplementedError(f"it has layers with {min(strange)}")
-    window = getattr(config, "sliding_window", None) if kinds != {"full_attention"} else None
-    window = window if getattr(config, "use_sliding_window", True) else None
+    window = getattr(config, "sliding_window", None)
+    declared = "sliding_window" in inspect.signature(type(config)).parameters  # else carried along and never read
+    if not declared or kinds == {"full_attention"} or not getattr(config, "use_sliding_window", True):
+        window = None
     same = (segment[:, :, None] == segment[:, None, :]) | (segment == 0)[:, None, :]  # (B, S, S)
     full = same & torch.ones_like(same).tril()
     near = full & (position[:, :, None] - position[:, None, :] < window) if window else full
@@ -573,8 +575,8 @@ def can_share(model, prompts, siblings):
         try:
             worst = (shared_logps(model, prompts, siblings) - plain).abs().max().item()
             why = f"log-probs off by {worst:.1g}"
-        except (NotImplementedError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
-            worst, why = math.inf, str(e).split("\n")[0]
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            worst, why = math.inf, str(e).split("\n")[0] or type(e).__name__
     works = worst < 1e-4 * (1 + plain.abs().max().item())
     if not works:
         print(f"scoring every pair apart: responses cannot share a prompt in this architecture ({why})", flush=True)
