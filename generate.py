@@ -63,7 +63,7 @@ def parse_principle(text):
 
 
 def write_principles(model, tokenizer, cfg, tries=8):
-    """Principle and antithesis for each name in --write_principles, by the model itself -> list as in principles.json."""
+    """Principle and antithesis for each name in --write_principles, by the model -> list as in principles.json."""
     what, _, names = cfg.write_principles.partition(":")
     names = [name.strip() for name in names.split(",") if name.strip()]
     need(what.strip() and names, "--write_principles needs the form \"what to do: name, name, ...\"")
@@ -81,8 +81,8 @@ def write_principles(model, tokenizer, cfg, tries=8):
         if len(found) == len(names):
             return [found[name] for name in names]
     missing = ", ".join(name for name in names if name not in found)
-    raise sami.RunFailed(f"{cfg.model} wrote no principle of the right form for: {missing} ({tries} tries); use a larger model "
-                         "or write them by hand")
+    raise sami.RunFailed(f"{cfg.model} wrote no principle of the right form for {missing} in {tries} tries; use a "
+                         "larger model, or write them by hand")
 
 
 def main(argv):
@@ -99,7 +99,10 @@ def main(argv):
         print(text + f"written to {out.with_suffix('.json')}: read and edit every line before you train on it")
         return
     queries = (task.queries(Path(cfg.queries).resolve()) if cfg.queries else task.test)[:cfg.limit or None]
-    done = {json.loads(line)["query"] for line in out.read_text(encoding="utf-8").splitlines()} if out.exists() else set()
+    try:
+        done = {json.loads(line)["query"] for line in out.read_bytes().splitlines()} if out.exists() else set()
+    except (ValueError, KeyError, TypeError):
+        raise sami.BadInput(f"{out} holds something else than lines of responses; name another --out, or remove it")
     todo = [(i, q) for i, q in enumerate(queries) if q["query"] not in done]
     print(f"{len(queries)} queries, {len(queries) - len(todo)} already in {out}")
     model = sami.load_model(cfg.model, device) if todo else None
@@ -114,8 +117,7 @@ def main(argv):
                 sides = {} if cfg.constitution else dict(zip(drawn_c.names, drawn_c.sides))
                 f.write(json.dumps(dict(query=x, constitution=str(c), sides=sides, response=a["text"],
                                         tokens=len(a["response"]))) + "\n")
-    for line in out.read_text(encoding="utf-8").splitlines()[:2]:
-        e = json.loads(line)
+    for e in map(json.loads, out.read_bytes().splitlines()[:2]):
         print(f"\n{e['constitution']}\nquery: {e['query']}\nresponse: {e['response']}")
     print(f"\n{len(queries)} responses in {out}")
 

@@ -134,7 +134,7 @@ def test_a_window_is_met_even_if_the_first_texts_are_shorter_than_it():
     (tr.Qwen2Config(use_sliding_window=True, sliding_window=9, max_window_layers=3, **SMALL), tr.Qwen2ForCausalLM),
     (tr.LlamaConfig(sliding_window=9, **SMALL), tr.LlamaForCausalLM)], ids=["Qwen2", "Llama"])
 def test_a_window_that_the_layers_do_not_use_is_not_used(config, kind):
-    """Qwen2 may name a window and still run full attention in every layer, and a Llama's config.json may carry one along
+    """Qwen2 may name a window and run full attention in every layer, and a Llama's config.json may carry one along
     that no layer reads; the first texts may be shorter than it."""
     model = build(lambda: kind(config))
     short = ids(5, 3, 4), ids(6, 2, 3)
