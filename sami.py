@@ -85,7 +85,8 @@ class Config:
 PAPER = dict(iterations=3, steps="2,4,6", batch_size=128, n=2, lr=5e-7, beta=0.0, temperature=0.0, max_new_tokens=350,
              eval_queries=250, tokens_per_pass=16384)
 PRESETS = {
-    "stories": dict(task="data/stories", model="roneneldan/TinyStories-33M"),
+    "stories": dict(task="data/stories", model="roneneldan/TinyStories-33M", n=2, batch_size=32, steps="15", lr=1e-4,
+                    beta=0.35, temperature=1.0, max_new_tokens=48, restart=False),
     "hh-mistral-7b": dict(PAPER, task="data/hh", model="mistralai/Mistral-7B-v0.1"),
     "tldr-mistral-7b": dict(PAPER, task="data/tldr", model="mistralai/Mistral-7B-v0.1"),
     "tldr-mixtral-8x7b": dict(PAPER, task="data/tldr", model="mistralai/Mixtral-8x7B-v0.1", optimizer="rmsprop"),

@@ -79,13 +79,13 @@ MATRIX = dict(ours=sami.logp_matrix, a=matrix_all_logits, b=matrix_response_logi
 def matrix_step(which, n):
     """One forward and backward pass of the loss of one query: prompt 512, response 64."""
     model, prompts, responses = tiny_llama(), random_ids(n, 512), random_ids(n, 64, seed=1)
-    model.can_share = True  # the check against plain scoring is made once a run and is no part of a step
+    model.can_share = {True: True}  # the check against plain scoring is made once a run and is no part of a step
 
     def step():
         loss = sami.sami_loss(MATRIX[which](model, prompts, responses))
         loss.backward()
         model.zero_grad()
-        return float(loss)
+        return loss.item()
     return step
 
 
