@@ -259,7 +259,7 @@ class Task:
         pool, k = self.heldout if heldout else self.principles, self.principles_per_constitution
         most = 2 ** (k - 1) + 1 if focus else 2**k
         need(n <= most and k <= len(pool), f"{self.folder}: {k} principles a constitution, of {len(pool)} "
-             f"{'held-out ' * heldout}ones, make at most {most} different constitutions, and n is {n}; lower --n or "
+             f"{'held-out' if heldout else 'learned'} ones, make at most {most} different constitutions, and n is {n}; lower --n or "
              "change principles_per_constitution in task.json")
         chosen = sorted(rng.permutation(len(pool)), key=lambda i: pool[i]["name"] != focus)[:k]  # with the focus first
         sides = []  # n tuples of k bools

@@ -1,0 +1,144 @@
+"""What the README says is true: its commands, flags, links and counts, and that a task of your own needs no code."""
+import ast, json, re, shlex, shutil
+
+import pytest
+from transformers import AutoTokenizer
+
+import evaluate, generate, sami, tiny
+
+ROOT = sami.Path(sami.__file__).parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```\w*\n(.*?)^```", TEXT, re.M | re.S)
+CONFIGS = {"sami.py": sami.Config, "evaluate.py": evaluate.Config, "generate.py": generate.Config}
+
+
+def commands(block):
+    """The words of each command in a block: one a line, or several with && between."""
+    return [shlex.split(part, comments=True) for line in block.splitlines() for part in line.split("&&")]
+
+
+PYTHON = [words for block in BLOCKS for words in commands(block) if words and words[0] in ("python", "torchrun")]
+
+
+def test_there_are_commands_to_check():
+    assert {"sami.py", "evaluate.py", "generate.py", "data/tldr/prepare.py"} <= {words[1] for words in PYTHON}
+
+
+@pytest.mark.parametrize("words", PYTHON, ids=" ".join)
+def test_a_command_names_files_and_flags_that_exist(words):
+    script, *flags = words[1:]
+    assert (ROOT / script).is_file()
+    if script not in CONFIGS:
+        assert all(f'"{flag.partition("=")[0]}"' in source_of(script) for flag in flags)
+    elif flags == ["--help"]:
+        with pytest.raises(SystemExit, match="0"):
+            sami.parse(CONFIGS[script], flags)
+    else:
+        cfg = sami.parse(CONFIGS[script], flags, sami.PRESETS)
+        assert getattr(cfg, "task", "") in ("", *(f"data/{p.name}" for p in (ROOT / "data").iterdir()))
+        assert script != "sami.py" or sami.check(cfg)
+
+
+def source_of(script):
+    """A prepare.py, and what it shares with the others."""
+    return (ROOT / script).read_text() + (ROOT / "data/tldr/sources.py").read_text()
+
+
+def test_every_flag_in_the_text_exists():
+    known = {name for config in CONFIGS.values() for name in config.__annotations__} | {"help", "official"}
+    for code in re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", TEXT, flags=re.M | re.S)):
+        assert set(re.findall(r"--(\w+)", code)) <= known, code
+        for script in re.findall(r"(?:python|torchrun) (\S+)", code):
+            assert (ROOT / script).is_file(), code
+
+
+def test_the_papers_presets_are_all_listed():
+    listed = set(re.findall(r"^\| `([\w-]+)` \|", TEXT, re.M))
+    assert listed == {name for name, values in sami.PRESETS.items() if values.items() >= {("lr", 5e-7)}}
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)\s]+)\)", TEXT))))
+def test_a_link_or_picture_leads_somewhere(target):
+    assert target.startswith("https://") or (ROOT / target.partition("#")[0]).exists()
+
+
+def code_lines(text):
+    """Lines that are neither empty nor comment nor docstring."""
+    kinds = ast.Module, ast.ClassDef, ast.FunctionDef
+    told = [node.body[0] for node in ast.walk(ast.parse(text)) if isinstance(node, kinds) and ast.get_docstring(node)]
+    skip = {i for doc in told for i in range(doc.lineno, doc.end_lineno + 1)}
+    return sum(bool(line.strip()) and not line.strip().startswith("#") and i not in skip
+               for i, line in enumerate(text.splitlines(), 1))
+
+
+def test_code_lines_are_counted_like_this():
+    assert code_lines('"""A\nB"""\n\nimport x  # why\n# what\n\n\ndef f():\n    """C"""\n    return x\n') == 3
+
+
+def test_the_stated_line_counts_are_right_within_5_percent():
+    """A cell is a count of lines, of code in brackets; "958 (700)"."""
+    for name, cell in re.findall(r"^\| \[(\w+\.py)\]\(\1\) \|.*\|([^|]*)\|$", TEXT, re.M):
+        source = (ROOT / name).read_text(encoding="utf-8")
+        for said, real in zip(re.findall(r"\d+", cell), (len(source.splitlines()), code_lines(source))):
+            assert abs(int(said) - real) <= 0.05 * real, f"{name} has {real} lines, not {said}"
+
+
+def test_two_commands_are_all_a_newcomer_needs():
+    """The first block is: install, train, look. No flag, no download of a model, and the tests."""
+    run, tests = BLOCKS[0].splitlines()
+    assert commands(run) == [["pip", "install", "-r", "requirements.txt"], ["torchrun", "sami.py"],
+                             ["python", "evaluate.py"]]
+    assert commands(tests) == [["pip", "install", "-r", "requirements.txt"], ["pytest"]]
+    cfg = sami.Config()
+    assert all((ROOT / path).is_dir() for path in (cfg.task, cfg.model)) and cfg.out_dir == evaluate.Config().out_dir
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A copy of data/tldr with three files edited, a tiny model, and what a short run on them leaves."""
+    path = tmp_path_factory.mktemp("own")
+    shutil.copytree(ROOT / "data/tldr", path / "recipes")
+    spec = json.loads((path / "recipes/task.json").read_text())
+    prompt = "A cook answers and keeps to these rules:\n{constitution}\n\nQuestion: {query}\n\nAnswer:"
+    spec.update(about="Recipes.", sampling_prompt=prompt, scoring_prompt=prompt, response_prefix="", stop=["Question:"],
+                drop_if_contains=["rules"], first_must_end_with="")
+    (path / "recipes/task.json").write_text(json.dumps(spec))
+    (path / "recipes/principles.json").write_text(json.dumps([
+        dict(name="cheap", positive="Use what is cheap.", negative="Use what is dear."),
+        dict(name="quick", positive="Be quick.", negative="Take all day.", heldout=False)]))
+    (path / "recipes/train.jsonl").write_text("".join(
+        json.dumps(dict(query=f"What can I make of {thing}?")) + "\n" for thing in ("rice", "leeks", "eggs", "figs")))
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/toy/base")  # of bytes at the least, so it reads anything
+    model = tiny.model(vocab_size=len(tokenizer), max_position_embeddings=2048, eos_token_id=tokenizer.eos_token_id)
+    model.save_pretrained(path / "base"), tokenizer.save_pretrained(path / "base")
+    code, _, err = tiny.command(f"--task={path}/recipes", f"--model={path}/base", f"--out_dir={path}/out", "--n=2",
+                                "--iterations=1", "--steps=1", "--batch_size=2", "--max_new_tokens=8", "--device=cpu",
+                                "--eval_queries=2")
+    assert code == 0, err
+    return path
+
+
+def test_a_task_of_ones_own_needs_no_code(own):
+    rows = [json.loads(line) for line in open(own / "out/samples/iteration-1.jsonl")]
+    assert rows and all(row["query"].startswith("What can I make of") for row in rows)
+    said = {"Use what is cheap.", "Use what is dear.", "Be quick.", "Take all day."}
+    assert {line[3:] for row in rows for c in row["constitutions"] for line in c.splitlines()} <= said
+    assert (own / "out/iteration-1/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("models", [False, True])
+def test_and_a_model_judges_it(own, models, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "picture", lambda *_: None)  # slow, and looked at elsewhere
+    out = own / "compared" if models else own / "out"
+    flags = [f"--models=base={own}/base,mine={own}/out/iteration-1", f"--task={own}/recipes", "--max_new_tokens=8",
+             "--sample_batch=8"] if models else []
+    evaluate.main([f"--out_dir={out}", f"--judge=model:{own}/base", "--queries=2", "--device=cpu", *flags])
+    results = json.loads((out / "results.json").read_text())
+    mine = results["models"]["mine" if models else "iteration-1"]
+    assert results["task"] == f"{own}/recipes" and 0 <= mine["win_rate"] <= 1 and mine["adherence"] is None
+    assert "win rate" in capsys.readouterr().out and (out / "report.md").is_file()
+
+
+def test_without_rules_the_default_judge_says_what_to_do(own):
+    with pytest.raises(sami.BadInput, match="--judge=model"):
+        evaluate.main([f"--out_dir={own}/out"])
