@@ -5,8 +5,8 @@ Responses of any model or checkpoint to the queries of a task, as JSON lines; or
     python generate.py --model=gpt2 --task=data/tldr --temperature=0.7  any causal LM of the hub
     python generate.py --model=... --write_principles="summarise Reddit posts: concise, comprehensive"
 
-Each line of --out is {"query", "constitution", "sides", "response", "tokens"}. A run that was stopped goes on where it
-was: queries that already have a line are skipped.
+Each line of --out holds query, constitution, sides, response, tokens, and how it was made. A run that was stopped goes
+on where it was: queries that already have a line are skipped.
 """
 import json
 from dataclasses import dataclass
@@ -87,9 +87,12 @@ def write_principles(model, tokenizer, cfg, tries=8):
 
 def main(argv):
     cfg = sami.parse(Config, argv)
+    for name, low in dict(limit=0, temperature=0, top_p=1e-6, max_new_tokens=1, sample_batch=1, seed=0).items():
+        need(getattr(cfg, name) >= low, f"--{name}={getattr(cfg, name)} must be at least {low}")
+    need(Path(cfg.out).parent.is_dir() and not Path(cfg.out).is_dir(), f"--out={cfg.out}: name a file in a folder")
     device, dtype = sami.pick_device(cfg)
     task = None if cfg.write_principles else sami.load_task(cfg.task)
-    _, tokenizer = sami.load_tokenizer(cfg.model)
+    config, tokenizer = sami.load_tokenizer(cfg.model)
     out = Path(cfg.out)
     if cfg.write_principles:
         with sami.compute(device, dtype):
@@ -99,10 +102,15 @@ def main(argv):
         print(text + f"written to {out.with_suffix('.json')}: read and edit every line before you train on it")
         return
     queries = (task.queries(Path(cfg.queries).resolve()) if cfg.queries else task.test)[:cfg.limit or None]
+    sami.check_lengths(task, config, tokenizer, cfg)
+    made_by = {k: getattr(cfg, k) for k in ("model", "temperature", "top_p", "heldout", "max_new_tokens", "seed")}
+    made_by["given"] = cfg.constitution
     try:
-        done = {json.loads(line)["query"] for line in out.read_bytes().splitlines()} if out.exists() else set()
+        there = [json.loads(line) for line in out.read_bytes().splitlines()] if out.exists() else []
+        done = {e["query"] for e in there if all(e[k] == v for k, v in made_by.items())}
     except (ValueError, KeyError, TypeError):
         raise sami.BadInput(f"{out} holds something else than lines of responses; name another --out, or remove it")
+    need(len(done) == len(there), f"{out} holds responses of another model or with other flags; name another --out")
     todo = [(i, q) for i, q in enumerate(queries) if q["query"] not in done]
     print(f"{len(queries)} queries, {len(queries) - len(todo)} already in {out}")
     model = sami.load_model(cfg.model, device) if todo else None
@@ -116,7 +124,7 @@ def main(argv):
             for (x, c), drawn_c, a in zip(pairs, drawn, answers):
                 sides = {} if cfg.constitution else dict(zip(drawn_c.names, drawn_c.sides))
                 f.write(json.dumps(dict(query=x, constitution=str(c), sides=sides, response=a["text"],
-                                        tokens=len(a["response"]))) + "\n")
+                                        tokens=len(a["response"]), **made_by)) + "\n")
     for e in map(json.loads, out.read_bytes().splitlines()[:2]):
         print(f"\n{e['constitution']}\nquery: {e['query']}\nresponse: {e['response']}")
     print(f"\n{len(queries)} responses in {out}")

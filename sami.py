@@ -187,7 +187,7 @@ class Task:
     """A folder with task.json, principles.json and two files of queries. Every BadInput names the file and the fix."""
 
     def __init__(self, folder):
-        path = Path(folder) if str(folder).endswith(".json") else Path(folder) / "task.json"
+        self.path = path = Path(folder) if str(folder).endswith(".json") else Path(folder) / "task.json"
         self.folder = path.parent
         spec = self.read(path, dict)
         for key, value in spec.items():
@@ -216,7 +216,7 @@ class Task:
             need(fine, f"{path}: principle {i} needs a 'name' of its own, not {p.get('name')!r}")
             need(isinstance(p.get("heldout", False), bool), f"{path}: principle {i}: 'heldout' must be true or false")
             (self.heldout if p.get("heldout") else self.principles).append(p)
-        need(1 <= self.principles_per_constitution <= len(self.principles), f"{self.folder}/task.json: "
+        need(1 <= self.principles_per_constitution <= len(self.principles), f"{self.path}: "
              f"principles_per_constitution must lie between 1 and the {len(self.principles)} principles to train on")
         self.train, self.test = self.queries(spec["train"]), self.queries(spec["test"])
         both = {q["query"] for q in self.train} & {q["query"] for q in self.test}
@@ -258,9 +258,9 @@ class Task:
         """
         pool, k = self.heldout if heldout else self.principles, self.principles_per_constitution
         most = 2 ** (k - 1) + 1 if focus else 2**k
-        need(n <= most and k <= len(pool), f"{self.folder}: {k} principles a constitution, of {len(pool)} "
-             f"{'held-out' if heldout else 'learned'} ones, make at most {most} different constitutions, and n is {n}; lower --n or "
-             "change principles_per_constitution in task.json")
+        need(k <= len(pool), f"{self.path}: a constitution has {k} principles, {len(pool)} are held out")
+        need(n <= most, f"{self.path}: {k} principles a constitution make at most {most} different constitutions, and "
+             f"n is {n}; lower --n or raise principles_per_constitution")
         chosen = sorted(rng.permutation(len(pool)), key=lambda i: pool[i]["name"] != focus)[:k]  # with the focus first
         sides = []  # n tuples of k bools
         while len(sides) < n:
@@ -492,14 +492,14 @@ class HeadLogps(torch.autograd.Function):
         db = None if b is None else torch.zeros_like(b)
         for part in (slice(s, s + ctx.chunks.step) for s in ctx.chunks):
             z = HeadLogps.logits(h[part], w, b, ctx.scale, ctx.cap)
-            dz = (z - norm[part, None]).exp_().mul_(-grad[part, None])  # d logp / d z = onehot(target) - softmax(z)
+            slope = 1 - (z / ctx.cap) ** 2 if ctx.cap else 1
+            dz = z.sub_(norm[part, None]).exp_().mul_(-grad[part, None])  # d logp / d z = onehot(target) - softmax(z)
             dz.scatter_add_(1, target[part, None], grad[part, None])
-            dz = dz * (1 - (z / ctx.cap) ** 2) if ctx.cap else dz
-            dz = dz if ctx.scale == 1 else dz * ctx.scale
+            dz = dz if ctx.scale == 1 and not ctx.cap else dz * slope * ctx.scale
             db = db if b is None else db + dz.sum(0)
             dz = dz.to(h.dtype)
             dh[part] = dz @ w.to(h.dtype)
-            dw += dz.T @ h[part]
+            dw.addmm_(dz.T, h[part]) if h.dtype == dw.dtype else dw.add_(dz.T @ h[part])
         return dh, dw.to(w.dtype), db, None, None, None
 
 
@@ -794,7 +794,7 @@ def heldout_information(model, tokenizer, task, cfg, device, dtype):
         examples = [e for e in examples if all(e["ids"])]
         if not examples:
             raise RunFailed(f"every held-out response is empty: does --model={cfg.model} end its text right behind the "
-                            f"prompts of {cfg.task}/task.json?")
+                            f"prompts of {task.path}, or has no room in --max_new_tokens?")
         for group in passes(examples, cfg):
             for e, cells in zip(group, score_examples(model, group)):
                 e["logp"] = as_matrix(cells, cfg.reduce)
@@ -926,7 +926,7 @@ def sami(cfg):
               + "".join(f", {why.count(w)} dropped: {w}" for w in sorted(set(why))), flush=True)
         if not usable:
             raise RunFailed(f"all samples of iteration {iteration} were filtered out, {path} says why; loosen the "
-                            f"filters of {cfg.task}/task.json, or raise --temperature or --max_new_tokens")
+                            f"filters of {task.path}, or raise --temperature or --max_new_tokens")
         if len(usable) < wanted:
             steps[iteration - 1] = math.ceil(len(usable) / cfg.batch_size)
             print(f"too few usable queries for more than {steps[iteration - 1]} steps")

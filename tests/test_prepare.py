@@ -70,7 +70,7 @@ def test_hh_takes_first_turns_once_and_in_turn(data, tmp_path):
     train = [json.loads(line) for line in (data / "hh" / "train.jsonl").read_text().splitlines()]
     # "how?" repeats "How?"; "Held?" is a test query
     assert [(r["query"], r["focus"]) for r in train] == [
-        ("How?", "helpful"), ("Bad one", "harmless"), ("Why?", "helpful"), ("Bad two", "harmless"),
+        ("How?", "helpful"), ("Bad one", "harmless"), ("Bad two", "harmless"), ("Why?", "helpful"),
         ("When?", "helpful")]
     assert queries(data / "hh" / "test.jsonl") == ["held?", "Bad three", "New?"]
     assert "1 left out of train" in out

@@ -54,7 +54,9 @@ def make(sources, mirror):
         print(f"{focus} {split}: {len(rows):,} different queries")
     train, test = (itertools.zip_longest(found["helpful", split].values(), found["harmless", split].values())
                    for split in ("train", "test"))
-    write_queries(HERE, *([row for pair in pairs for row in pair if row] for pairs in (train, test)))
+    # every other pair turned round: sami.py takes every second query in turn, and each half should hold both kinds
+    write_queries(HERE, *([row for i, pair in enumerate(pairs) for row in pair[::(-1) ** i] if row]
+                          for pairs in (train, test)))
 
 
 def official(mirror):
