@@ -778,7 +778,8 @@ def main(argv):
     for name in ("queries", "max_cost", "seed", "max_new_tokens", "sample_batch", "tokens_per_pass"):
         need(getattr(cfg, name) >= 0, f"--{name} must not be negative, it is {getattr(cfg, name)}")
     need(cfg.concurrency >= 1, f"--concurrency must be at least 1, it is {cfg.concurrency}")
-    seeds = [] if cfg.models else sorted(p.parent for p in Path(cfg.out_dir).glob("seed-*/sami.json"))
+    found = [] if cfg.models else sorted(p.parent for p in Path(cfg.out_dir).glob("seed-*/sami.json"))
+    seeds = [p for p in found if p.name[5:].isdigit()]  # seed-1.1 is an earlier run that was moved aside
     if seeds:
         runs = [evaluate_run(dataclasses.replace(cfg, out_dir=str(folder))) for folder in seeds]
         models = over_seeds([run[0] for run in runs])

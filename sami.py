@@ -680,13 +680,13 @@ def sample_queries(model, tokenizer, task, queries, cfg, iteration, temperature,
     keys = [(cfg.seed, iteration, i, NOISE, j) for i, _ in queries for j in range(cfg.n)]
     answers, examples = answer(model, tokenizer, task, pairs, cfg, keys, temperature, desc), []
     for (i, q), cs in zip(queries, drawn):
-        mine, answers, order = answers[:cfg.n], answers[cfg.n:], rng(cfg.seed, iteration, i, ORDER)
+        mine, answers, orders = answers[:cfg.n], answers[cfg.n:], rng(cfg.seed, iteration, i, ORDER)
         examples.append(dict(
             number=i, query=q["query"], constitutions=[str(c) for c in cs],
             sides=[dict(zip(c.names, c.sides)) for c in cs], responses=[a["text"] for a in mine],
             dropped=task.drop([a["text"] for a in mine]), ids=[a["response"] for a in mine],
             # the order of principles is drawn anew for scoring, as in the paper
-            prompts=[encode(tokenizer, task.prompt(q["query"], c.shuffled(order)))[0] for c in cs]))
+            prompts=[encode(tokenizer, task.prompt(q["query"], c.shuffled(orders)))[0] for c in cs]))
     return examples
 
 

@@ -325,11 +325,13 @@ def test_the_local_judge_end_to_end(run):
 
 
 def test_seeds_are_averaged(run, tmp_path):
-    for seed in (1, 2):
+    for seed in (1, 2, "1.1"):  # the last is an earlier run of seed 1, moved aside
         shutil.copytree(run / "out", tmp_path / "out" / f"seed-{seed}")
+        (tmp_path / "out" / f"seed-{seed}" / "results.json").unlink(missing_ok=True)
     got = evaluated(tmp_path, "--queries=4")["models"]["iteration-1"]
     one = json.loads((tmp_path / "out" / "seed-1" / "results.json").read_text())["models"]["iteration-1"]
     assert got["adherence"] == pytest.approx(one["adherence"]) and got["adherence_se"] == got["adherence_sd"] == 0
+    assert not (tmp_path / "out" / "seed-1.1" / "results.json").exists()  # not a seed of its own
 
 
 @pytest.mark.parametrize("style", ["table", "markdown", "latex", "csv"])

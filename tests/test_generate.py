@@ -1,4 +1,4 @@
-"""A response is made once: generate.py goes on where it stopped, and takes from a model's text only what has the form."""
+"""A response is made once: generate.py goes on where it stopped, and takes from a model only what has the form."""
 import json
 from pathlib import Path
 
