@@ -131,7 +131,7 @@ class Config:
     rescore: str = ""  # only recompute the rates of this file of verdicts
     format: str = "table"  # of the printed results: table | markdown | latex | csv
     max_new_tokens: int = 0  # longest response; 0 = as in the run
-    sample_batch: int = 0  # responses sampled side by side; 0 = as in the run; lower it when memory runs out
+    sample_gb: float = 0.0  # memory for responses sampled side by side; 0 = as in the run
     tokens_per_pass: int = 0  # tokens in one scoring pass; 0 = as in the run; lower it when memory runs out
     seed: int = 1  # draws are functions of it: evaluations with the same seed ask the same
     device: str = "auto"  # auto | cpu | cuda | mps
@@ -727,7 +727,7 @@ def load_run(cfg):
     else:
         need(cfg.models, f"{out_dir}/sami.json is missing: run `python sami.py --out_dir={out_dir}` first, or name "
              "--models=name=path,...")
-    given = {k: v for k in ("task", "max_new_tokens", "sample_batch", "tokens_per_pass") if (v := getattr(cfg, k))}
+    given = {k: v for k in ("task", "max_new_tokens", "sample_gb", "tokens_per_pass") if (v := getattr(cfg, k))}
     settings = dataclasses.replace(settings, seed=cfg.seed, eval_queries=settings.eval_queries or 64, **given)
     if cfg.models:
         paths = dict(part.partition("=")[::2] for part in cfg.models.split(","))
@@ -775,7 +775,7 @@ def main(argv):
         return rescore(cfg.rescore)
     for name, allowed in dict(orders=("both", "one"), format=("table", "markdown", "latex", "csv")).items():
         need(getattr(cfg, name) in allowed, f"--{name}={getattr(cfg, name)}: choose one of {', '.join(allowed)}")
-    for name in ("queries", "max_cost", "seed", "max_new_tokens", "sample_batch", "tokens_per_pass"):
+    for name in ("queries", "max_cost", "seed", "max_new_tokens", "sample_gb", "tokens_per_pass"):
         need(getattr(cfg, name) >= 0, f"--{name} must not be negative, it is {getattr(cfg, name)}")
     need(cfg.concurrency >= 1, f"--concurrency must be at least 1, it is {cfg.concurrency}")
     found = [] if cfg.models else sorted(p.parent for p in Path(cfg.out_dir).glob("seed-*/sami.json"))

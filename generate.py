@@ -28,7 +28,7 @@ class Config:
     temperature: float = 0.0  # 0 = greedy
     top_p: float = 1.0  # sample from the smallest set of tokens with this probability
     max_new_tokens: int = 32  # longest response
-    sample_batch: int = 256  # responses sampled side by side; lower it when memory runs out
+    sample_gb: float = 0.0  # memory for responses sampled side by side; 0 = 80 % of a GPU's free memory, 4 GB elsewhere
     seed: int = 1  # draws and noise are functions of it and of the query's place in the file
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: str = "auto"  # of computation: auto | float32 | bfloat16
@@ -73,7 +73,7 @@ def write_principles(model, tokenizer, cfg, tries=8):
         prompts = [sami.encode(tokenizer, EXAMPLE.replace("{task}", what.strip()).replace("{name}", name))[0]
                    for name in missing]
         texts = sami.sample(model, prompts, max_new_tokens=120, temperature=cfg.temperature or 0.7, top_p=cfg.top_p,
-                            eos_ids=sami.end_ids(model, tokenizer), batch=cfg.sample_batch,
+                            eos_ids=sami.end_ids(model, tokenizer), memory=cfg.sample_gb * 1e9,
                             seed=[(cfg.seed, attempt, names.index(name)) for name in missing])
         for name, ids in zip(missing, texts):
             if pair := parse_principle(tokenizer.decode(ids, skip_special_tokens=True)):
@@ -87,7 +87,7 @@ def write_principles(model, tokenizer, cfg, tries=8):
 
 def main(argv):
     cfg = sami.parse(Config, argv)
-    for name, low in dict(limit=0, temperature=0, top_p=1e-6, max_new_tokens=1, sample_batch=1, seed=0).items():
+    for name, low in dict(limit=0, temperature=0, top_p=1e-6, max_new_tokens=1, sample_gb=0, seed=0).items():
         need(getattr(cfg, name) >= low, f"--{name}={getattr(cfg, name)} must be at least {low}")
     need(Path(cfg.out).parent.is_dir() and not Path(cfg.out).is_dir(), f"--out={cfg.out}: name a file in a folder")
     device, dtype = sami.pick_device(cfg)
@@ -114,7 +114,7 @@ def main(argv):
     todo = [(i, q) for i, q in enumerate(queries) if q["query"] not in done]
     print(f"{len(queries)} queries, {len(queries) - len(todo)} already in {out}")
     model = sami.load_model(cfg.model, device) if todo else None
-    for chunk in (todo[k:k + cfg.sample_batch] for k in range(0, len(todo), cfg.sample_batch)):
+    for chunk in (todo[k:k + 1024] for k in range(0, len(todo), 1024)):  # what a stop loses at most
         drawn = [task.draw(sami.rng(cfg.seed, i), 1, heldout=cfg.heldout)[0] for i, _ in chunk]
         pairs = [(q["query"], cfg.constitution or c) for (_, q), c in zip(chunk, drawn)]
         with sami.compute(device, dtype):

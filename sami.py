@@ -73,7 +73,9 @@ class Config:
     max_queries: int = 0  # use only the first so many training queries; 0 = all
     eval_queries: int = 64  # test queries for infonce and accuracies, before and after each iteration; 0 = skip
     tokens_per_pass: int = 8192  # tokens in one scoring pass; lower it when memory runs out in training
-    sample_batch: int = 256  # responses sampled side by side; lower it when memory runs out in sampling
+    sample_gb: float = 0.0  # memory for responses sampled side by side; 0 = 80 % of a GPU's free memory, 4 GB elsewhere
+    checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third more time
+    compile: bool = False  # torch.compile the layers for training: worth its minute in long runs on a GPU
     seed: int = 1  # data order, draws and sampling noise are functions of it
     seeds: str = ""  # several runs, such as 1,2,3, into the folders seed-1, seed-2, ... of out_dir
     device: str = "auto"  # auto | cpu | cuda | mps
@@ -137,7 +139,7 @@ def check(cfg):
     """Raise BadInput for values that cannot work. Returns the number of steps of each iteration."""
     choices = dict(optimizer=("adamw", "rmsprop"), contrast=("two-sided", "constitutions", "responses"),
                    reduce=("mean", "sum"), device=("auto", "cpu", "cuda", "mps"), dtype=("auto", "float32", "bfloat16"))
-    least = dict(iterations=1, batch_size=1, max_new_tokens=1, tokens_per_pass=1, sample_batch=1, n=2, warmup=0, lr=0,
+    least = dict(iterations=1, batch_size=1, max_new_tokens=1, tokens_per_pass=1, sample_gb=0, n=2, warmup=0, lr=0,
                  grad_clip=0, beta=0, temperature=0, max_queries=0, eval_queries=0, seed=0, top_p=1e-6)
     for name, allowed in choices.items():
         need(getattr(cfg, name) in allowed, f"--{name}={getattr(cfg, name)}: choose one of {', '.join(allowed)}")
@@ -348,14 +350,22 @@ def load_tokenizer(path):
 def load_model(path, device):
     """Model folder or hub name -> causal LM with fp32 weights on `device`."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(path)
+    for part in (config, config.get_text_config()):  # dropout would put noise into the contrast
+        vars(part).update({name: 0.0 for name, value in vars(part).items() if "drop" in name and type(value) is float})
     # scoring brings its own attention mask, which the fused kernels cannot combine with soft-capped scores
-    capped = getattr(AutoConfig.from_pretrained(path).get_text_config(), "attn_logit_softcapping", None)
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True,
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, use_safetensors=True,
                                                      attn_implementation="eager" if capped else None)
     except Exception as e:  # safetensors has kinds of its own
         raise BadInput(f"--model={path} cannot be loaded: {' '.join(str(e).split())[:300]}")
-    return model.to(device).eval()  # and never .train(): dropout would put noise into the contrast
+    return model.to(device).eval()
+
+
+def blocks(model):
+    """The layers that repeat."""
+    return [m for m in model.modules() if type(m).__name__ in set(model._no_split_modules or [])]
 
 
 def end_ids(model, tokenizer):
@@ -395,21 +405,54 @@ def pick(logits, temperature, top_p, u):
 
 
 @torch.no_grad()
-def sample(model, prompts, *, max_new_tokens, temperature, top_p=1.0, eos_ids, seed, stop=None, batch=256, done=None):
+def bytes_per_token(model, prompt, max_new_tokens):
+    """Memory that a response takes in sampling, for each token of prompt and response: found by running the prompt."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    out = model(torch.tensor([prompt], device=device), use_cache=True, logits_to_keep=1)
+    used = 2 * sum(t.nbytes for layer in out.past_key_values.layers for t in vars(layer).values() if torch.is_tensor(t))
+    if device.type == "cuda":  # not only the keys and values
+        used = max(used, torch.cuda.max_memory_allocated(device) - before)
+    return used / len(prompt) + 32 * out.logits.shape[-1] / (len(prompt) + max_new_tokens)  # and what pick() makes
+
+
+def sampling_memory(device):
+    """Bytes to sample with where nobody says how many."""
+    if device.type != "cuda":
+        return 4e9
+    return 0.8 * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+                  - torch.cuda.memory_allocated(device))
+
+
+@torch.no_grad()
+def sample(model, prompts, *, max_new_tokens, temperature, top_p=1.0, eos_ids, seed, stop=None, memory=0, done=None):
     """One response for each prompt: lists of token ids of any lengths -> lists of at most max_new_tokens ids, in order.
 
     A response that ended by itself keeps its end id. seed: an int, or a tuple of ints for each prompt: the noise of a
     response is a function of that key and not of the batch it is in. stop: function of a response's ids so far, asked
-    every 8 tokens: end it? done: called with the number of responses that have just finished.
+    every 8 tokens: end it? memory: bytes for what runs side by side, 0 = sampling_memory; RunFailed where one response
+    needs more. done: called with the number of responses that have just finished.
     """
     if not all(prompts):
         raise ValueError("cannot continue an empty prompt")
+    if not prompts:
+        return []
     device, responses, config = next(model.parameters()).device, [[] for _ in prompts], model.config.get_text_config()
     window = min(getattr(config, name, None) or math.inf for name in ("sliding_window", "window_size"))
     keys = [(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else seed
     # similar lengths side by side for little or no padding; the longest first, so that memory runs out at once or never
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
-    for rows in (order[i:i + batch] for i in range(0, len(order), batch)):
+    each = bytes_per_token(model, prompts[order[0]], max_new_tokens)
+    memory = memory or sampling_memory(device)
+    while order:
+        one = each * (len(prompts[order[0]]) + max_new_tokens)
+        if one > memory:
+            raise RunFailed(f"sampling one response of {max_new_tokens} tokens to a prompt of {len(prompts[order[0]])} "
+                            f"takes {one / 1e9:.2g} GB, and there are {memory / 1e9:.2g}: raise --sample_gb, or lower "
+                            "--max_new_tokens")
+        rows, order = order[:int(memory / one)], order[int(memory / one):]  # the largest batch that fits
         distinct = sorted({tuple(prompts[i]) for i in rows})
         place = {p: k for k, p in enumerate(distinct)}
         index = torch.tensor([place[tuple(prompts[i])] for i in rows], device=device)  # (B,)
@@ -476,7 +519,7 @@ class HeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, w, b, target, scale, cap):
-        ctx.chunks, ctx.scale, ctx.cap = range(0, len(h), max(1, 2**23 // len(w))), scale, cap  # 32 MB of logits each
+        ctx.chunks, ctx.scale, ctx.cap = range(0, len(h), max(1, 2**22 // len(w))), scale, cap  # 16 MB of logits each
         norm, logp = h.new_empty(2, len(h), dtype=torch.float32)
         for part in (slice(s, s + ctx.chunks.step) for s in ctx.chunks):
             z = HeadLogps.logits(h[part], w, b, scale, cap)
@@ -653,7 +696,7 @@ def answer(model, tokenizer, task, pairs, cfg, keys, temperature, desc=None):
     stopped = lambda ids: any(s in task.behind_reasoning(tokenizer.decode(ids)) for s in task.stop)
     with tqdm(total=len(pairs), desc=desc, unit="response", leave=False, disable=None) as bar:
         sampled = sample(model, [p + prefix for p, prefix in encoded], max_new_tokens=cfg.max_new_tokens, seed=keys,
-                         temperature=temperature, top_p=cfg.top_p, eos_ids=eos_ids, batch=cfg.sample_batch,
+                         temperature=temperature, top_p=cfg.top_p, eos_ids=eos_ids, memory=cfg.sample_gb * 1e9,
                          stop=stopped if task.stop else None, done=bar.update)
     answers = []
     for (prompt, prefix), ids in zip(encoded, sampled):
@@ -745,6 +788,11 @@ def measures(logp):
 def train(model, examples, steps, cfg, device, dtype, report):
     """Train `model` in place: `steps` steps of cfg.batch_size examples, in order. report(step, numbers) after each."""
     params = [p for p in model.parameters() if p.requires_grad]
+    if cfg.checkpointing:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+        model.train()  # transformers heeds it in this mode only
+    for block in blocks(model) if cfg.compile else []:
+        block.compile(dynamic=True)
     # foreach=False: the default makes temporaries as large as the model
     optimizer = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[cfg.optimizer](params, foreach=False)
     for step in range(steps):
@@ -774,6 +822,9 @@ def train(model, examples, steps, cfg, device, dtype, report):
         changed = torch.cat([seen(p, dtype) != old for p, old in zip(params, before)]).float().mean()
         report(step, dict(logged, grad_norm=float(norm), changed=float(changed),
                           tokens_per_second=tokens / (time.time() - started)))
+    model.eval()
+    for block in blocks(model):
+        block._compiled_call_impl = None  # sampling changes shapes with every token
 
 
 def seen(p, dtype):
@@ -949,7 +1000,7 @@ def run(main):
     try:
         main(sys.argv[1:])
     except (BadInput, RunFailed, torch.OutOfMemoryError) as e:
-        hint = "; lower --tokens_per_pass or --sample_batch" if isinstance(e, torch.OutOfMemoryError) else ""
+        hint = "; lower --tokens_per_pass or --sample_gb" if isinstance(e, torch.OutOfMemoryError) else ""
         print(f"error: {e}{hint}", file=sys.stderr)
         raise SystemExit(2 if isinstance(e, BadInput) else 1)
 

@@ -131,7 +131,7 @@ def test_and_a_model_judges_it(own, models, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "picture", lambda *_: None)  # slow, and looked at elsewhere
     out = own / "compared" if models else own / "out"
     flags = [f"--models=base={own}/base,mine={own}/out/iteration-1", f"--task={own}/recipes", "--max_new_tokens=8",
-             "--sample_batch=8"] if models else []
+             "--sample_gb=0.1"] if models else []
     evaluate.main([f"--out_dir={out}", f"--judge=model:{own}/base", "--queries=2", "--device=cpu", *flags])
     results = json.loads((out / "results.json").read_text())
     mine = results["models"]["mine" if models else "iteration-1"]

@@ -27,6 +27,12 @@ def one_by_one(model, prompts, seed=None, **how):
             for i, p in enumerate(prompts)]
 
 
+def room(model, prompts, rows, new=14):
+    """Memory for so many of the longest responses side by side, and half of one more."""
+    longest = max(prompts, key=len)
+    return (rows + 0.5) * sami.bytes_per_token(model, longest, new) * (len(longest) + new)
+
+
 def generated(model, prompt):
     """What Hugging Face makes of it, greedily."""
     ids = torch.tensor([prompt])
@@ -41,7 +47,7 @@ def test_greedy_in_a_batch_is_greedy_alone_is_generate(name):
         together = sami.sample(model, prompts, **GREEDY)
         assert together == [generated(model, p) for p in prompts], kind
         assert together == one_by_one(model, prompts, **GREEDY), kind
-        assert together == sami.sample(model, prompts, batch=2, **GREEDY), kind
+        assert together == sami.sample(model, prompts, memory=room(model, prompts, 2), **GREEDY), kind
 
 
 def test_rows_leave_when_they_finish():
@@ -51,6 +57,7 @@ def test_rows_leave_when_they_finish():
     together = sami.sample(model, prompts, **GREEDY)
     hook.remove()
     lengths = [len(y) for y in together]
+    assert rows.pop(0) == 1, "one prompt, to see what it takes"
     assert len(set(lengths)) > 2 and rows[0] == 8 and rows[-1] < 8 and rows == sorted(rows, reverse=True)
     assert len(rows) == max(lengths), "one pass a token, and none once the longest has finished"
     assert together == one_by_one(model, prompts, **GREEDY)
@@ -61,8 +68,30 @@ def test_a_shared_start_runs_once():
     model, seen = build(MODELS["llama"]), []
     model.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
     sami.sample(model, BATCHES["shared_start_of_equal_length"], **{**GREEDY, "max_new_tokens": 1})
-    assert seen == [(1, 18), (2, 9)]
+    assert seen[1:] == [(1, 18), (2, 9)], "behind the one that finds out what a prompt takes"
 
+
+def test_the_batch_is_the_largest_that_fits_the_memory():
+    model, prompts, rows = build(MODELS["llama"]), ids(1, 20) + ids(2, 20) + ids(3, 20, 8) + ids(4, 8), []
+    memory = room(model, prompts, 2, new=4)  # two of 24 tokens, which is as much as four of 12
+    model.register_forward_pre_hook(lambda module, args: rows.append(tuple(args[0].shape)))
+    how = dict(GREEDY, max_new_tokens=4, eos_ids=[])
+    together = sami.sample(model, prompts, memory=memory, **how)
+    assert [shape for shape in rows if shape[1] > 1] == [(1, 20), (2, 20), (2, 20), (1, 8)]
+    assert together == sami.sample(model, prompts, **how)
+
+
+def test_bytes_a_token_are_those_of_the_cache_twice_and_of_the_logits():
+    model = build(MODELS["llama"])  # keys and values, fp32
+    config, prompt, new = model.config, ids(1, 10)[0], 6
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    assert sami.bytes_per_token(model, prompt, new) == 2 * cache + 32 * V / 16
+
+
+def test_memory_too_small_for_one_response_is_told():
+    model = build(MODELS["llama"])
+    with pytest.raises(sami.RunFailed, match="one response of 14 tokens to a prompt of 23 takes .* raise --sample_gb"):
+        sami.sample(model, RAGGED, memory=room(model, RAGGED, 0), **GREEDY)
 
 def test_every_response_keeps_its_end_token_and_nothing_after_it():
     responses = sami.sample(build(MODELS["llama"]), BATCHES["ragged"] + ids(4, *range(3, 20)), **GREEDY)
@@ -81,7 +110,7 @@ def test_the_noise_belongs_to_the_key_and_not_to_the_batch(kind, top_p):
     together = sami.sample(model, prompts, seed=keys, **how)
     assert together == one_by_one(model, prompts, keys, **how)
     assert together[::-1] == sami.sample(model, prompts[::-1], seed=keys[::-1], **how)
-    assert together == sami.sample(model, prompts, seed=keys, batch=2, **how)
+    assert together == sami.sample(model, prompts, seed=keys, memory=room(model, prompts, 2), **how)
     assert together != sami.sample(model, prompts, seed=[(4, *k) for k in keys], **how)
 
 
@@ -113,8 +142,7 @@ def test_token_frequencies_are_those_of_the_softmax(temperature):
     """Pairs of tokens, so that the second token's noise is seen to be fresh: 7 x 7 outcomes, 48 degrees of freedom."""
     config = tr.LlamaConfig(**{**SMALL, "vocab_size": 7}, bos_token_id=0, eos_token_id=0)
     model, draws = build(lambda: tr.LlamaForCausalLM(config)), 5000
-    responses = sami.sample(model, [[1, 2, 3]] * draws, max_new_tokens=2, temperature=temperature, eos_ids=[], seed=5,
-                            batch=draws)
+    responses = sami.sample(model, [[1, 2, 3]] * draws, max_new_tokens=2, temperature=temperature, eos_ids=[], seed=5)
     with torch.no_grad():
         p = lambda *text: (model(torch.tensor([[1, 2, 3, *text]])).logits[0, -1] / temperature).softmax(-1)
         joint = torch.stack([p()[k] * p(k) for k in range(7)])  # (7, 7)
@@ -130,8 +158,7 @@ def test_top_p_never_leaves_its_set():
         p, order = model(torch.tensor([RAGGED[0]])).logits[0, -1].softmax(-1).sort(descending=True)
     size = int((p.cumsum(0) < 0.6).sum()) + 1
     assert 1 < size < V / 2
-    responses = sami.sample(model, [RAGGED[0]] * 2000, max_new_tokens=1, temperature=1.0, top_p=0.6, eos_ids=[], seed=1,
-                            batch=2000)
+    responses = sami.sample(model, [RAGGED[0]] * 2000, max_new_tokens=1, temperature=1.0, top_p=0.6, eos_ids=[], seed=1)
     assert {y[0] for y in responses} == set(order[:size].tolist()), "all of it, and nothing else"
 
 

@@ -4,6 +4,7 @@ import copy, json
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import sami, tiny
 
@@ -221,6 +222,22 @@ def test_how_a_batch_is_cut_into_passes_changes_nothing(examples):
     groups = list(sami.passes(examples, sami.Config(n=2, tokens_per_pass=300)))
     assert 1 < len(groups) < 8, "and here are passes of several queries"
     assert sorted(e["number"] for g in groups for e in g) == sorted(e["number"] for e in examples)
+
+
+@pytest.mark.parametrize("flag", ["checkpointing", "compile"])
+def test_memory_and_speed_flags_change_nothing(examples, flag, monkeypatch):
+    """Activations computed again in the backward pass, or layers compiled: the same weights after two steps."""
+    runs, compiled, forward, compile = [], [], LlamaAttention.forward, torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled.append(self) or
+                        compile(self, backend="aot_eager", **how))  # traced as ever, without the wait for g++
+    plain, [_, p2] = trained(examples, 2, lr=1e-4)
+    monkeypatch.setattr(LlamaAttention, "forward", lambda *a, **k: runs.append(1) or forward(*a, **k))
+    flagged, [_, f2] = trained(examples, 2, lr=1e-4, **{flag: True})
+    assert p2["loss"] == pytest.approx(f2["loss"], abs=1e-6)
+    assert max((plain[k] - flagged[k]).abs().max() for k in plain) < 1e-6
+    assert len(compiled) == (2 if flag == "compile" else 0)
+    if flag == "checkpointing":
+        assert len(runs) == 2 * 2 * 2 + 4, "2 layers, 2 steps, forward twice; and the comparison with plain scoring"
 
 
 def test_one_adamw_step_by_hand(examples):
