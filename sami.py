@@ -33,7 +33,8 @@ Where this file departs from the paper (P) and from the authors' code (A):
  6. beta weighs a KL estimate on response tokens, 0 in the paper's presets (A: prompt and padding counted too)
  7. data order, draws and noise are functions of (seed, iteration, query): a run can be repeated exactly
 """
-import dataclasses, importlib.metadata, inspect, json, math, os, subprocess, sys, time, typing
+import contextlib, dataclasses, functools, hashlib, importlib.metadata, inspect, itertools, json, math, os, shlex, shutil
+import signal, subprocess, sys, threading, time, types, typing, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------------------- config
@@ -76,6 +78,15 @@ class Config:
     sample_gb: float = 0.0  # memory for responses sampled side by side; 0 = 80 % of a GPU's free memory, 4 GB elsewhere
     checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third more time
     compile: bool = False  # torch.compile the layers for training: worth its minute in long runs on a GPU
+    parallel: str = "auto"  # auto | ddp (a copy on each GPU) | fsdp (weights, gradients, optimizer cut over all GPUs)
+    hybrid: bool = False  # fsdp: cut within a node, copies across nodes
+    offload: bool = False  # fsdp: weights, gradients and optimizer wait in CPU memory
+    resume: bool = False  # go on with the run in out_dir, as if it had never stopped
+    plan: bool = False  # print what a run would need in memory and time, load nothing
+    gpus: int = 0  # --plan: how many; 0 = as many as there are processes
+    gpu_memory: float = 80.0  # --plan: GB of each
+    gpu_tflops: float = 300.0  # --plan: bfloat16 TFLOP/s that each reaches, about half of what its maker states
+    save_every: int = 4  # steps, and batches of sampled queries, after which --resume can go on
     seed: int = 1  # data order, draws and sampling noise are functions of it
     seeds: str = ""  # several runs, such as 1,2,3, into the folders seed-1, seed-2, ... of out_dir
     device: str = "auto"  # auto | cpu | cuda | mps
@@ -87,6 +98,9 @@ class Config:
 PAPER = dict(iterations=3, steps="2,4,6", batch_size=128, n=2, lr=5e-7, beta=0.0, temperature=0.0, max_new_tokens=350,
              eval_queries=250, tokens_per_pass=16384)
 PRESETS = {
+    # for one consumer GPU; planned, not run
+    "tldr-small": dict(task="data/tldr", model="HuggingFaceTB/SmolLM2-360M", n=2, batch_size=32, lr=1e-5,
+                       temperature=0.7, max_new_tokens=128),
     "stories": dict(task="data/stories", model="roneneldan/TinyStories-33M", n=2, batch_size=32, steps="15", lr=1e-4,
                     beta=0.35, temperature=1.0, max_new_tokens=48, restart=False),
     "hh-mistral-7b": dict(PAPER, task="data/hh", model="mistralai/Mistral-7B-v0.1"),
@@ -95,6 +109,20 @@ PRESETS = {
     # ran: lr 1e-6 with chain of thought (500 new tokens, dropped before training); without it 5e-7, end of text scored
     "principles-llama3-70b": dict(PAPER, task="data/principles", model="meta-llama/Meta-Llama-3-70B", steps="4,8,12",
                                   optimizer="rmsprop"),
+}
+
+
+# what --plan needs to know of the presets' models, without a download: kind, and what differs from its usual values
+SHAPES = {
+    "mistralai/Mistral-7B-v0.1": ("mistral", {}),
+    "mistralai/Mixtral-8x7B-v0.1": ("mixtral", {}),
+    "meta-llama/Meta-Llama-3-70B": ("llama", dict(vocab_size=128256, hidden_size=8192, intermediate_size=28672,
+                                                  num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8)),
+    "HuggingFaceTB/SmolLM2-360M": ("llama", dict(vocab_size=49152, hidden_size=960, intermediate_size=2560,
+                                                 num_hidden_layers=32, num_attention_heads=15, num_key_value_heads=5,
+                                                 tie_word_embeddings=True)),
+    "roneneldan/TinyStories-33M": ("gpt_neo", dict(hidden_size=768, num_layers=4, attention_types=[
+                                       [["global", "local"], 2]])),
 }
 
 
@@ -124,7 +152,8 @@ def parse(Config, argv, presets={}):
     for arg in argv:
         name, eq, text = arg.removeprefix("--").partition("=")
         need(arg.startswith("--") and name in kinds, f"unknown flag {arg!r}; --help lists the flags")
-        need(eq, f"flag --{name} needs a value: --{name}=...")
+        text = text if eq or kinds[name] is not bool else "true"  # --resume
+        need(text, f"flag --{name} needs a value: --{name}=...")
         try:
             given[name] = dict(true=True, false=False)[text.lower()] if kinds[name] is bool else kinds[name](text)
         except (ValueError, KeyError):
@@ -138,9 +167,11 @@ def parse(Config, argv, presets={}):
 def check(cfg):
     """Raise BadInput for values that cannot work. Returns the number of steps of each iteration."""
     choices = dict(optimizer=("adamw", "rmsprop"), contrast=("two-sided", "constitutions", "responses"),
-                   reduce=("mean", "sum"), device=("auto", "cpu", "cuda", "mps"), dtype=("auto", "float32", "bfloat16"))
+                   reduce=("mean", "sum"), device=("auto", "cpu", "cuda", "mps"), dtype=("auto", "float32", "bfloat16"),
+                   parallel=("auto", "ddp", "fsdp"))
     least = dict(iterations=1, batch_size=1, max_new_tokens=1, tokens_per_pass=1, sample_gb=0, n=2, warmup=0, lr=0,
-                 grad_clip=0, beta=0, temperature=0, max_queries=0, eval_queries=0, seed=0, top_p=1e-6)
+                 grad_clip=0, beta=0, temperature=0, max_queries=0, eval_queries=0, seed=0, top_p=1e-6,
+                 save_every=1)
     for name, allowed in choices.items():
         need(getattr(cfg, name) in allowed, f"--{name}={getattr(cfg, name)}: choose one of {', '.join(allowed)}")
     for name, low in least.items():
@@ -319,6 +350,41 @@ def load_task(folder):
     return Task(folder)
 
 
+# ---------------------------------------------------------------------------------------------------------- processes
+
+# torchrun tells each process its place; without it there is one
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(k, d)) for k, d in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items())
+
+
+def join(device):
+    """Meet the other processes."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def say(*text):
+    if RANK == 0:
+        print(*text, flush=True)
+
+
+def total(numbers):
+    """Sums over all processes of each of a list of numbers. Nobody goes on before all are there."""
+    numbers = torch.tensor(numbers, dtype=torch.float64)
+    if WORLD > 1:
+        dist.all_reduce(numbers)
+    return numbers.tolist()
+
+
+def gather(mine):
+    """A list on each process -> one list of all on each: process r had every WORLD-th item from the r-th on."""
+    parts = [mine] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(parts, mine)
+    return [x for turn in itertools.zip_longest(*parts) for x in turn if x is not None]
+
+
 # -------------------------------------------------------------------------------------------------------------- model
 
 
@@ -328,7 +394,7 @@ def pick_device(cfg):
     name = next(d for d in found if found[d]) if cfg.device == "auto" else cfg.device
     need(found[name], f"--device={name}: torch sees none on this machine; use --device=cpu")
     dtype = ("bfloat16" if name == "cuda" else "float32") if cfg.dtype == "auto" else cfg.dtype
-    return torch.device(name), getattr(torch, dtype)
+    return torch.device(name, LOCAL_RANK) if name == "cuda" else torch.device(name), getattr(torch, dtype)
 
 
 def load_tokenizer(path):
@@ -347,25 +413,184 @@ def load_tokenizer(path):
         raise BadInput(f"--model={path} cannot be loaded: {' '.join(str(e).split())[:300]}")
 
 
-def load_model(path, device):
-    """Model folder or hub name -> causal LM with fp32 weights on `device`."""
+def load_model(path, device, fsdp=None):
+    """Model folder or hub name -> causal LM with fp32 weights on `device`, cut over all processes where `fsdp` (the
+    arguments of fully_shard) says so. Raises BadInput."""
     from transformers import AutoConfig, AutoModelForCausalLM
     config = AutoConfig.from_pretrained(path)
     for part in (config, config.get_text_config()):  # dropout would put noise into the contrast
         vars(part).update({name: 0.0 for name, value in vars(part).items() if "drop" in name and type(value) is float})
     # scoring brings its own attention mask, which the fused kernels cannot combine with soft-capped scores
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    how = dict(dtype=torch.float32, attn_implementation="eager" if capped else None)
+    model = None
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, use_safetensors=True,
-                                                     attn_implementation="eager" if capped else None)
+        if RANK == 0 or not fsdp:
+            model = AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True, **how)
     except Exception as e:  # safetensors has kinds of its own
         raise BadInput(f"--model={path} cannot be loaded: {' '.join(str(e).split())[:300]}")
-    return model.to(device).eval()
+    if fsdp:
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, **how)
+        model = shard(empty, model, device, fsdp)
+    return (model if fsdp else model.to(device)).eval()
 
 
 def blocks(model):
     """The layers that repeat."""
     return [m for m in model.modules() if type(m).__name__ in set(model._no_split_modules or [])]
+
+
+def fsdp_arguments(cfg, device, dtype):
+    """How FSDP2 cuts a model: every process keeps its part of each weight in fp32; the weights of a layer come together
+    in `dtype` while it runs, and gradients are summed in fp32."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+    from torch.distributed.tensor import Shard
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
+    shape, names = ((WORLD // node, node), ("copies", "parts")) if cfg.hybrid else ((WORLD,), ("parts",))
+    # 8 experts do not cut into 3 parts, their rows may
+    experts = lambda p: Shard(1) if p.ndim == 3 and p.shape[0] % shape[-1] and not p.shape[1] % shape[-1] else None
+    return dict(mesh=dist.init_device_mesh(device.type, shape, mesh_dim_names=names), shard_placement_fn=experts,
+                mp_policy=MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32,
+                                               cast_forward_inputs=False),  # ids need none, and caches no copy
+                offload_policy=CPUOffloadPolicy() if cfg.offload else OffloadPolicy())
+
+
+def shard(model, whole, device, fsdp):
+    """A model without memory ("meta") -> cut over all processes, with the weights of `whole`, which process 0 has."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard, register_fsdp_forward_method
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")  # nothing here writes into what comes out
+    for block in blocks(model):
+        fully_shard(block, **fsdp)
+    fully_shard(model, **fsdp)
+    model.shared_logps = types.MethodType(shared_logps, model)
+    register_fsdp_forward_method(model, "shared_logps")  # brings the weights together, as it does for forward
+    model.to_empty(device="cpu" if isinstance(fsdp["offload_policy"], CPUOffloadPolicy) else device)
+    model.tie_weights()
+    set_model_state_dict(model, whole.state_dict() if whole else {},
+                         options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    for name, buffer in model.named_buffers():  # some, such as rotary frequencies, are in no state dict
+        buffer.data = whole.get_buffer(name).to(device) if whole else torch.empty_like(buffer, device=device)
+        dist.broadcast(buffer, 0)
+    return model
+
+
+def is_sharded(model):
+    return hasattr(model, "set_reshard_after_forward")
+
+
+@contextlib.contextmanager
+def ready_to_sample(model):
+    """FSDP: bring all weights together once where they fit. Where they do not, a layer runs only when every process
+    takes part: those that have finished sampling run along until the last one has."""
+    parts = [m for m in model.modules() if is_sharded(m)]
+    device, size = next(model.parameters()).device, sum(p.numel() for p in model.parameters())
+    size *= torch.get_autocast_dtype(device.type).itemsize if torch.is_autocast_enabled(device.type) else 4
+    if not parts or total([size > sampling_memory(device) / 2]) == [0]:
+        for m in parts:
+            m.set_reshard_after_forward(False, recurse=False)
+            m.unshard()
+        yield
+        for m in parts:
+            m.set_reshard_after_forward(m is not model, recurse=False)
+            m.reshard()
+    else:
+        def working(*_):
+            total([1])
+        hook = model.register_forward_pre_hook(working, prepend=True)
+        yield
+        hook.remove()
+        while total([0]) != [0]:
+            model(torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+
+
+def memory(cfg, config, dtype, parts):
+    """Bytes on each GPU in training, with the model cut into `parts` or whole (1) -> {what: bytes}."""
+    from transformers import AutoModelForCausalLM
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    size = sum(p.numel() for p in model.parameters())
+    block = max(sum(p.numel() for p in b.parameters()) for b in blocks(model)) if blocks(model) else size
+    outside = size - sum(p.numel() for b in blocks(model) for p in b.parameters())
+    c, half = config.get_text_config(), dtype != torch.float32
+    wide = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+    wide *= getattr(c, "num_experts_per_tok", None) or 1
+    # bytes that a layer keeps of a token for backward: measured with saved_tensors_hooks, linear in both widths
+    a, b = {(False, False): (37, 16), (False, True): (37, 16), (True, False): (35, 8.5), (True, True): (23, 8.2)}[
+        half, parts > 1]
+    layer = a * c.hidden_size + b * wide
+    kept = c.num_hidden_layers * (2 if half and parts > 1 else 4) * c.hidden_size + layer  # what is computed again
+    width = 2 if half else 4
+    return {"weights": 4 * size / parts, "gradients": 4 * size / parts,
+            f"optimizer ({cfg.optimizer})": dict(adamw=8, rmsprop=4)[cfg.optimizer] * size / parts,
+            # a bfloat16 copy of all, or two layers and what is outside of them, each with its gradient
+            "weights at work": 2 * width * (2 * block + outside) if parts > 1 else 2 * size * half,
+            "activations": cfg.tokens_per_pass * (kept if cfg.checkpointing else c.num_hidden_layers * layer)}
+
+
+def pick_parallel(cfg, config, device, dtype):
+    """ddp where all that training holds fits one GPU, else fsdp."""
+    if WORLD == 1 or cfg.parallel != "auto":
+        return "none" if WORLD == 1 else cfg.parallel
+    room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    return "ddp" if sum(memory(cfg, config, dtype, 1).values()) < 0.95 * room else "fsdp"
+
+
+def plan(cfg, task, steps):
+    """Print what a run needs on each GPU, and how long it takes: arithmetic, checked against measured peaks by
+    tests/test_plan.py. Loads no weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    if cfg.model in SHAPES:
+        kind, values = SHAPES[cfg.model]
+        config, count = AutoConfig.for_model(kind, **values), lambda text: len(text) / 4
+    else:
+        config, tokenizer = load_tokenizer(cfg.model)
+        count = lambda text: len(encode(tokenizer, text)[0])
+    gpus, dtype = cfg.gpus or WORLD, getattr(torch, "bfloat16" if cfg.dtype == "auto" else cfg.dtype)
+    room, c = cfg.gpu_memory * 1e9, config.get_text_config()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    size = sum(p.numel() for p in model.parameters())
+    experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
+    active = size - experts + experts * (getattr(c, "num_experts_per_tok", 0) or 0) / (getattr(c, "num_local_experts", 0) or 1)
+    ways = dict(ddp=memory(cfg, config, dtype, 1), fsdp=memory(cfg, config, dtype, gpus))
+    fits = [way for way in ways if sum(ways[way].values()) < 0.95 * room]
+    print(f"{cfg.model}: {size / 1e9:.3g}B weights, on {gpus} GPUs of {cfg.gpu_memory:g} GB, {str(dtype)[6:]}\n"
+          f"{'GB on each GPU':<24}" + "".join(f"{way:>8}" for way in ways))
+    for name in [*ways["ddp"], "together"]:
+        print(f"  {name:<22}" + "".join(f"{ways[w].get(name, sum(ways[w].values())) / 1e9:8.1f}" for w in ways))
+    print(f"fits: {', '.join(fits) or 'no'}" + (f", runs as {fits[0]}" if fits and gpus > 1 else ""))
+    if not fits:
+        enough = next((g for g in range(gpus, 1025) for m in [memory(cfg, config, dtype, g)]
+                       if sum(m.values()) < 0.95 * room), None)
+        print(f"would fit: {enough} such GPUs" if enough else "would fit: no number of such GPUs; lower "
+              "--tokens_per_pass or add --checkpointing")
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    token = 2 * c.num_hidden_layers * heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads) \
+        * dtype.itemsize
+    x, cs = task.train[:200], task.draw(rng(cfg.seed), 1)[0]
+    prompt = float(np.mean([count(task.sampling_prompt(q["query"], cs)) for q in x]))
+    scored = float(np.mean([count(task.prompt(q["query"], cs)) for q in x]))
+    whole = size * dtype.itemsize
+    left = room * 0.9 - (4 * size / gpus + whole if "ddp" not in fits else 4 * size + whole)
+    together = left > 0
+    left = left if together else room * 0.9 - 4 * size / gpus
+    batch = int(left / token / (prompt + cfg.max_new_tokens))
+    print(f"sampling: {token / 1e3:.0f} kB of keys and values a token, up to {max(batch, 0)} responses side by side on each "
+          f"GPU, weights {'together' if together else 'cut (in lock step)'}")
+    for iteration, k in enumerate(steps, 1):
+        queries = k * cfg.batch_size
+        responses = queries * cfg.n
+        passes = math.ceil(responses / gpus / max(1, batch))
+        seconds = 2 * active * responses * prompt / gpus / cfg.gpu_tflops / 1e12  # reading the prompts
+        step = max(0.001 * c.num_hidden_layers, 2 * whole / 1e12 / 3)
+        seconds += passes * cfg.max_new_tokens * (step if together else step + whole / 1e11)
+        tokens = queries * cfg.n * (scored + cfg.n * cfg.max_new_tokens)
+        seconds += (8 if cfg.checkpointing else 6) * active * tokens / gpus / cfg.gpu_tflops / 1e12
+        seconds += 2 * active * tokens / gpus / cfg.gpu_tflops / 1e12 if cfg.beta else 0
+        print(f"iteration {iteration}: {responses} responses of up to {cfg.max_new_tokens} tokens to prompts of about "
+              f"{prompt:.0f}, {tokens / 1e6:.2f}M tokens scored; about {seconds / 60:.1f} min")
 
 
 def end_ids(model, tokenizer):
@@ -616,14 +841,15 @@ def can_share(model, prompts, siblings):
     chunked or linear attention), nor with an adapter on the output head."""
     with torch.autocast(next(model.parameters()).device.type, enabled=False):
         plain = plain_logps(model, prompts, siblings)
+        shared = getattr(model, "shared_logps", functools.partial(shared_logps, model))
         try:
-            worst = (shared_logps(model, prompts, siblings) - plain).abs().max().item()
+            worst = (shared(prompts, siblings) - plain).abs().max().item()
             why = f"log-probs off by {worst:.1g}"
         except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             worst, why = math.inf, str(e).split("\n")[0] or type(e).__name__
-    works = worst < 1e-4 * (1 + plain.abs().max().item())
+    works = total([worst >= 1e-4 * (1 + plain.abs().max().item())]) == [0]  # for all processes alike
     if not works:
-        print(f"scoring every pair apart: responses cannot share a prompt in this architecture ({why})", flush=True)
+        say(f"scoring every pair apart: responses cannot share a prompt in this architecture ({why})")
     return works
 
 
@@ -638,7 +864,8 @@ def score(model, prompts, siblings):
     known = model.__dict__.setdefault("can_share", {})  # with one response a prompt, and with several
     if several not in known:
         known[several] = can_share(model, prompts[-2:], siblings[-2:])
-    logps = (shared_logps if known[several] else plain_logps)(model, prompts, siblings)
+    shared = getattr(model, "shared_logps", functools.partial(shared_logps, model))  # a sharded model has its own
+    logps = shared(prompts, siblings) if known[several] else plain_logps(model, prompts, siblings)
     parts = iter(logps.split([len(y) for ys in siblings for y in ys]))
     return [[next(parts) for _ in ys] for ys in siblings]
 
@@ -694,7 +921,8 @@ def answer(model, tokenizer, task, pairs, cfg, keys, temperature, desc=None):
     eos_ids, texts = end_ids(model, tokenizer), [task.sampling_prompt(x, c) for x, c in pairs]
     encoded = [encode(tokenizer, t, task.response_prefix) for t in texts]
     stopped = lambda ids: any(s in task.behind_reasoning(tokenizer.decode(ids)) for s in task.stop)
-    with tqdm(total=len(pairs), desc=desc, unit="response", leave=False, disable=None) as bar:
+    bar = tqdm(total=len(pairs), desc=desc, unit="response", leave=False, disable=RANK > 0 or None)
+    with bar, ready_to_sample(model):
         sampled = sample(model, [p + prefix for p, prefix in encoded], max_new_tokens=cfg.max_new_tokens, seed=keys,
                          temperature=temperature, top_p=cfg.top_p, eos_ids=eos_ids, memory=cfg.sample_gb * 1e9,
                          stop=stopped if task.stop else None, done=bar.update)
@@ -717,7 +945,9 @@ def answer(model, tokenizer, task, pairs, cfg, keys, temperature, desc=None):
 def sample_queries(model, tokenizer, task, queries, cfg, iteration, temperature, desc):
     """Draw n constitutions for each query and sample a response under each -> examples (dicts), not yet filtered.
 
-    queries: (number, query) pairs; draws and noise are functions of (cfg.seed, iteration, number)."""
+    queries: (number, query) pairs; draws and noise are functions of (cfg.seed, iteration, number). Each process samples
+    its share; all get the examples of all."""
+    queries = queries[RANK::WORLD]
     drawn = [task.draw(rng(cfg.seed, iteration, i, DRAW), cfg.n, q.get("focus")) for i, q in queries]
     pairs = [(q["query"], c) for (_, q), cs in zip(queries, drawn) for c in cs]
     keys = [(cfg.seed, iteration, i, NOISE, j) for i, _ in queries for j in range(cfg.n)]
@@ -730,32 +960,38 @@ def sample_queries(model, tokenizer, task, queries, cfg, iteration, temperature,
             dropped=task.drop([a["text"] for a in mine]), ids=[a["response"] for a in mine],
             # the order of principles is drawn anew for scoring, as in the paper
             prompts=[encode(tokenizer, task.prompt(q["query"], c.shuffled(orders)))[0] for c in cs]))
-    return examples
+    return gather(examples)
 
 
-def collect(model, tokenizer, task, cfg, iteration, wanted):
-    """Sample this iteration's half of the training queries until `wanted` pass the filters, or all are sampled."""
+def collect(model, tokenizer, task, cfg, iteration, wanted, examples=(), keep=lambda examples: None):
+    """Sample this iteration's half of the training queries until `wanted` pass the filters, or all are sampled; `examples`
+    are those there are, and keep(examples) is called after every cfg.save_every batches."""
     total = min(cfg.max_queries or len(task.train), len(task.train))
     half = np.arange((iteration - 1) % 2, total, 2)  # not the half that the sampling model was trained on
-    todo, examples, missing = rng(cfg.seed, iteration).permutation(half).tolist(), [], wanted
-    while todo and missing:
-        now, todo = todo[:missing], todo[missing:]
+    todo, examples = rng(cfg.seed, iteration).permutation(half).tolist()[len(examples):], list(examples)
+    while todo and (missing := wanted - sum(e["dropped"] is None for e in examples)) > 0:
+        count = min(max(missing, cfg.batch_size), cfg.save_every * cfg.batch_size)
+        now, todo = todo[:count], todo[count:]
         examples += sample_queries(model, tokenizer, task, [(i, task.train[i]) for i in now], cfg, iteration,
                                    cfg.temperature, f"iteration {iteration}: sampling")
-        missing = wanted - sum(e["dropped"] is None for e in examples)
+        keep(examples)
     return examples
 
 
 def passes(examples, cfg):
-    """Group examples so that a scoring pass holds at most cfg.tokens_per_pass tokens, padding included."""
+    """Deal examples out to the processes, and cut each share into scoring passes of at most cfg.tokens_per_pass tokens,
+    padding included -> list of (examples, weight) for this process. All get equally many, since each takes part in what
+    the others do to weights and gradients: one that runs out goes through an example of weight 0."""
     width = lambda e: max(map(len, e["prompts"])) + sum(map(len, e["ids"]))
-    group = []
-    for e in sorted(examples, key=width):
-        if group and (len(group) + 1) * cfg.n * width(e) > cfg.tokens_per_pass:
-            yield group
-            group = []
-        group.append(e)
-    yield group
+    examples, shares = sorted(examples, key=width), []
+    for r in range(WORLD):
+        shares.append([])
+        for e in examples[r::WORLD]:
+            if not shares[r] or (len(shares[r][-1]) + 1) * cfg.n * width(e) > cfg.tokens_per_pass:
+                shares[r].append([])
+            shares[r][-1].append(e)
+    spare = max(map(len, shares)) - len(shares[RANK])
+    return [(group, 1) for group in shares[RANK]] + [(examples[:1], 0)] * spare
 
 
 def score_examples(model, examples):
@@ -772,10 +1008,11 @@ def all_tokens(cells):
 @torch.no_grad()
 def add_base_logps(base, examples, cfg, device, dtype):
     """Keep the base's log-probs of all that will be scored: the KL then needs no second model in memory."""
-    for group in passes(examples, cfg):
-        with compute(device, dtype):
-            for e, cells in zip(group, score_examples(base, group)):
-                e["base_logps"] = all_tokens(cells)
+    for start in range(0, len(examples), cfg.batch_size):  # dealt out as the steps will be
+        for group, _ in passes(examples[start:start + cfg.batch_size], cfg):
+            with compute(device, dtype):
+                for e, cells in zip(group, score_examples(base, group)):
+                    e["base_logps"] = all_tokens(cells)
 
 
 def measures(logp):
@@ -785,8 +1022,11 @@ def measures(logp):
     return dict(row_accuracy=row, col_accuracy=col, diagonal=logp.diag().mean())
 
 
-def train(model, examples, steps, cfg, device, dtype, report):
-    """Train `model` in place: `steps` steps of cfg.batch_size examples, in order. report(step, numbers) after each."""
+def train(model, examples, steps, cfg, device, dtype, report, state=None):
+    """Train `model` in place: `steps` steps of cfg.batch_size examples, in order. report(step, numbers, optimizer) after
+    each. state: (steps that were done, folder of their weights and optimizer)."""
+    if is_sharded(model):
+        model.reshard()  # scoring leaves what is outside of the layers together, and those are not the weights to train
     params = [p for p in model.parameters() if p.requires_grad]
     if cfg.checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -795,23 +1035,32 @@ def train(model, examples, steps, cfg, device, dtype, report):
         block.compile(dynamic=True)
     # foreach=False: the default makes temporaries as large as the model
     optimizer = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[cfg.optimizer](params, foreach=False)
-    for step in range(steps):
+    done, folder = state or (0, None)
+    if done:
+        load_weights(folder, model, optimizer)
+    for step in range(done, steps):
         started, tokens, logged = time.time(), 0, {}
         batch = examples[step * cfg.batch_size:(step + 1) * cfg.batch_size]
-        for group in passes(batch, cfg):
+        for group, weight in passes(batch, cfg):
             with compute(device, dtype):
                 scored = score_examples(model, group)
-            total = 0
+            objective = 0
             for e, cells in zip(group, scored):
                 logp = as_matrix(cells, cfg.reduce)  # (n, n)
                 kl = kl_to_base(all_tokens(cells), e["base_logps"]).mean() if cfg.beta else torch.zeros(())
                 loss = sami_loss(logp, cfg.contrast) + cfg.beta * kl
-                total = total + loss / len(batch)  # the mean over the batch, however it is cut into passes
+                objective = objective + loss * weight / len(batch)  # the batch's mean, however it is cut and dealt out
                 for name, value in dict(loss=loss, kl=kl, **measures(logp.detach())).items():
-                    logged[name] = logged.get(name, 0) + float(value.detach()) / len(batch)
-                tokens += sum(map(len, e["prompts"])) + cfg.n * sum(map(len, e["ids"]))
-            total.backward()
+                    logged[name] = logged.get(name, 0) + float(value.detach()) * weight / len(batch)
+                tokens += weight * (sum(map(len, e["prompts"])) + cfg.n * sum(map(len, e["ids"])))
+            (objective * (WORLD if is_sharded(model) else 1)).backward()  # FSDP's mean over processes -> their sum
+        for p in params if WORLD > 1 and not is_sharded(model) else []:  # what DDP does in each backward pass, once a step
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+        *values, tokens = total([*logged.values(), tokens])
+        logged = dict(zip(logged, values))
         norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf, foreach=False)
+        norm = float(norm.full_tensor() if is_sharded(model) else norm)
         if not math.isfinite(logged["loss"] + norm):  # before such a step spoils the weights
             raise RunFailed(f"step {step + 1} has loss {logged['loss']} and gradient norm {norm}: lower --lr, now "
                             f"{cfg.lr}, or set --warmup or --grad_clip; finished iterations are kept")
@@ -819,9 +1068,10 @@ def train(model, examples, steps, cfg, device, dtype, report):
         optimizer.param_groups[0]["lr"] = cfg.lr * min(1, (step + 1) / max(1, cfg.warmup))
         optimizer.step()
         optimizer.zero_grad()
-        changed = torch.cat([seen(p, dtype) != old for p, old in zip(params, before)]).float().mean()
-        report(step, dict(logged, grad_norm=float(norm), changed=float(changed),
-                          tokens_per_second=tokens / (time.time() - started)))
+        changed = torch.cat([seen(p, dtype) != old for p, old in zip(params, before)])
+        changed, count = total([int(changed.sum()), len(changed)])
+        report(step, dict(logged, grad_norm=norm, changed=changed / count,
+                          tokens_per_second=tokens / (time.time() - started)), optimizer)
     model.eval()
     for block in blocks(model):
         block._compiled_call_impl = None  # sampling changes shapes with every token
@@ -829,7 +1079,8 @@ def train(model, examples, steps, cfg, device, dtype, report):
 
 def seen(p, dtype):
     """Some thousand entries of a weight as the forward pass sees them: what rounds to nothing there has not changed."""
-    return p.detach().flatten()[::max(1, p.numel() // 4096)].to(dtype, copy=True)
+    p = (p.to_local() if hasattr(p, "to_local") else p).detach()  # of a cut weight this process's part
+    return p.flatten()[::max(1, p.numel() // 4096)].to(dtype, copy=True)
 
 
 @torch.no_grad()
@@ -846,13 +1097,17 @@ def heldout_information(model, tokenizer, task, cfg, device, dtype):
         if not examples:
             raise RunFailed(f"every held-out response is empty: does --model={cfg.model} end its text right behind the "
                             f"prompts of {task.path}, or has no room in --max_new_tokens?")
-        for group in passes(examples, cfg):
-            for e, cells in zip(group, score_examples(model, group)):
-                e["logp"] = as_matrix(cells, cfg.reduce)
-                e["measures"] = dict(infonce=infonce(as_matrix(cells, "sum")), **measures(e["logp"]))
+        scored = {}
+        for group, weight in passes(examples, cfg):
+            for e, cells in list(zip(group, score_examples(model, group)))[:len(group) * weight]:
+                logp = as_matrix(cells, cfg.reduce)
+                numbers = dict(infonce=infonce(as_matrix(cells, "sum")), **measures(logp))
+                scored[e["number"]] = dict(logp=logp.cpu(), measures={k: float(v) for k, v in numbers.items()})
+        scored = {number: found for part in gather([scored]) for number, found in part.items()}
+        examples = [dict(e, **scored[e["number"]]) for e in examples]
     out = dict(infonce_cap=math.log(cfg.n), examples=examples)
     for name in examples[0]["measures"]:
-        values = [float(e["measures"][name]) for e in examples]
+        values = [e["measures"][name] for e in examples]
         out[name] = float(np.mean(values))
         out[name + "_se"] = float(np.std(values, ddof=len(values) > 1) / len(values)**.5)
     return out
@@ -867,11 +1122,124 @@ def write(path, text):
     Path(f"{path}.tmp").replace(path)
 
 
+def digests(folder):
+    """{file name: SHA-256} of a folder; each process reads its share."""
+    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.name != "sha256.json")[RANK::WORLD]
+    return dict(gather([(str(p.relative_to(folder)), hashlib.file_digest(open(p, "rb"), "sha256").hexdigest())
+                        for p in files]))
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """Fill folder.tmp, seal it with the digests of its files and rename it: a folder is there whole or not at all."""
+    from torch.distributed.checkpoint import CheckpointException
+    tmp = Path(f"{folder}.tmp")
+    try:
+        if RANK == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir(parents=True)
+        total([0])
+        yield tmp
+        total([0])
+        found = digests(tmp)
+        if RANK == 0:
+            write(tmp / "sha256.json", json.dumps(found, indent=1))
+            shutil.rmtree(folder, ignore_errors=True)
+            tmp.replace(folder)
+        total([0])
+    except (OSError, CheckpointException, SafetensorError) as e:
+        raise RunFailed(f"{folder} cannot be saved: {' '.join(str(e).split())[:300]}; make room there, then go on with "
+                        "--resume: what was saved before is kept")
+
+
+def is_whole(folder):
+    """Does a folder hold what new_folder sealed?"""
+    try:
+        return json.loads((Path(folder) / "sha256.json").read_text()) == digests(folder)
+    except (OSError, ValueError):
+        return False
+
+
 def save_model(model, tokenizer, folder):
-    """Whole or not at all: an HF folder with fp32 weights that from_pretrained and vLLM load as it is."""
-    model.save_pretrained(f"{folder}.tmp")
-    tokenizer.save_pretrained(f"{folder}.tmp")
-    Path(f"{folder}.tmp").replace(folder)
+    """An HF folder with fp32 weights that from_pretrained and vLLM load as it is."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    weights, like = None, model
+    if is_sharded(model):  # process 0 puts the weights together in CPU memory
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        with torch.device("meta"):
+            like = type(model).__mro__[2](model.config)  # FSDP's class, FSDP's mixin, the model's own class
+        like.generation_config = model.generation_config
+    with new_folder(folder) as tmp:
+        if RANK == 0:
+            like.save_pretrained(tmp, state_dict=weights)
+            tokenizer.save_pretrained(tmp)
+
+
+def weights_and_optimizer(model, optimizer):
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+
+
+def save_state(folder, state, samples, model=None, optimizer=None):
+    """Where a run stands: state.json, the samples of its iteration and, after a step, each process's part of weights and
+    optimizer. The last two are kept."""
+    import torch.distributed.checkpoint as dcp
+    there = sorted(folder.glob("*[0-9]"))
+    with new_folder(folder / f"{int(there[-1].name) + 1 if there else 1:06}") as tmp:
+        if RANK == 0:
+            write(tmp / "state.json", json.dumps(state))
+            write(tmp / "samples.jsonl", samples)
+        if optimizer:
+            dcp.save(weights_and_optimizer(model, optimizer), checkpoint_id=tmp / "weights", no_dist=WORLD == 1)
+    for old in there[:-1] if RANK == 0 else []:
+        shutil.rmtree(old)
+
+
+def load_weights(folder, model, optimizer):
+    """What save_state saved, cut anew if the number of processes is another."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+    saved = weights_and_optimizer(model, optimizer)
+    dcp.load(saved, checkpoint_id=Path(folder) / "weights", no_dist=WORLD == 1)
+    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+
+
+FREE = ("resume", "save_every", "parallel", "hybrid", "offload", "checkpointing", "compile", "device", "sample_gb",
+        "tokens_per_pass")  # flags that may change when a run is resumed: the others say what it computes
+
+
+def find_state(cfg, about):
+    """Where --resume goes on: the newest state that is whole, with its folder; else the beginning. BadInput where it could
+    not be the same run."""
+    out_dir, path = Path(cfg.out_dir), Path(cfg.out_dir) / "sami.json"
+    beginning = dict(iteration=1, step=0, log=[], folder=None)
+    if not (cfg.resume and path.exists()):
+        return beginning
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise BadInput(f"{path} is damaged; start again without --resume")
+    for name, value in about["config"].items():
+        old = before["config"].get(name, value)
+        need(name in FREE or old == value, f"the run in {out_dir} has --{name}={old}, not {value}: resume it with its own "
+             "flags, or start a new one without --resume")
+    need(before["task_sha256"] == about["task_sha256"], f"{cfg.task} has changed since the run in {out_dir} began: put it "
+         "back, or start a new run without --resume")
+    states = sorted((out_dir / "state").glob("*[0-9]"), reverse=True)
+    whole = next((folder for folder in states if is_whole(folder)), None)
+    need(whole or not states, f"no state in {out_dir / 'state'} is whole; start again without --resume")
+    if not states:
+        return beginning
+    if whole != states[0]:
+        say(f"{states[0]} is damaged, going back to {whole}")
+        total([0])  # all have looked
+        for damaged in states[:states.index(whole)] if RANK == 0 else []:
+            shutil.rmtree(damaged)
+    state = dict(json.loads((whole / "state.json").read_text()), folder=whole)
+    last = out_dir / f"iteration-{state['iteration'] - 1}"
+    need(state["iteration"] == 1 or is_whole(last), f"{last} is damaged, and the next iteration begins with it; start again "
+         "without --resume")
+    return state
 
 
 def new_out_dir(out_dir):
@@ -879,7 +1247,7 @@ def new_out_dir(out_dir):
     if out_dir.exists() and any(out_dir.iterdir()):
         aside = next(p for k in range(1, 10**6) if not (p := Path(f"{out_dir}.{k}")).exists())
         out_dir.rename(aside)
-        print(f"the earlier run in {out_dir} is now in {aside}")
+        say(f"the earlier run in {out_dir} is now in {aside}")
     (out_dir / "samples").mkdir(parents=True, exist_ok=True)
 
 
@@ -906,14 +1274,14 @@ def git_commit():
 def show(held, iteration):
     """Print what heldout_information found, one of the matrices and two of the responses."""
     number = lambda name: f"{held[name]:.3f} ± {held[name + '_se']:.3f}"
-    print(f"{f'iteration {iteration}' if iteration else 'base'}, held out: infonce {number('infonce')} of at most "
-          f"{held['infonce_cap']:.3f} nats | accuracy row {number('row_accuracy')}, col {number('col_accuracy')}")
+    say(f"{f'iteration {iteration}' if iteration else 'base'}, held out: infonce {number('infonce')} of at most "
+        f"{held['infonce_cap']:.3f} nats | accuracy row {number('row_accuracy')}, col {number('col_accuracy')}")
     e = held["examples"][0]
-    print(f"  x: {e['query'][:100]}\n  logp" + "".join(f"{f'y_{j + 1}':>8}" for j in range(len(e["logp"]))))
+    say(f"  x: {e['query'][:100]}\n  logp" + "".join(f"{f'y_{j + 1}':>8}" for j in range(len(e["logp"]))))
     for i, (row, c) in enumerate(zip(e["logp"].tolist(), e["constitutions"])):
-        print(f"   c_{i + 1}" + "".join(f"{value:8.3f}" for value in row) + f"   {' '.join(c.split())[:80]}")
+        say(f"   c_{i + 1}" + "".join(f"{value:8.3f}" for value in row) + f"   {' '.join(c.split())[:80]}")
     for j in range(2):
-        print(f"  y_{j + 1}: {' '.join(e['responses'][j].split())[:110]}", flush=True)
+        say(f"  y_{j + 1}: {' '.join(e['responses'][j].split())[:110]}")
 
 
 def main(argv):
@@ -925,7 +1293,7 @@ def main(argv):
         sami(cfg)
     for s in seeds:
         sami(dataclasses.replace(cfg, seed=int(s), seeds="", out_dir=f"{cfg.out_dir}/seed-{s}"))
-    print(f"next: python evaluate.py --out_dir={cfg.out_dir}")
+    say(f"next: python evaluate.py --out_dir={cfg.out_dir}")
 
 
 def sami(cfg):
@@ -935,6 +1303,8 @@ def sami(cfg):
         task.draw(rng(cfg.seed), cfg.n, focus)  # raises where there are no n different constitutions
     need(min(len(task.train), cfg.max_queries or math.inf) > 1, "iterations take turns on two halves of the training "
          f"queries: {cfg.task} or --max_queries leaves one query, give at least two")
+    if cfg.plan:
+        return plan(cfg, task, steps)
     device, dtype = pick_device(cfg)
     config, tokenizer = load_tokenizer(cfg.model)
     check_lengths(task, config, tokenizer, cfg)
@@ -942,66 +1312,105 @@ def sami(cfg):
     need(not out_dir.is_file(), f"--out_dir={out_dir} is a file; name a folder")
     need(out_dir.resolve() not in Path(cfg.model).resolve().parents,
          f"--model={cfg.model} lies in --out_dir, where this run goes; name another --out_dir")
-    model = load_model(cfg.model, device)
-    new_out_dir(out_dir)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
-    write(out_dir / "sami.json", json.dumps(dict(config=dataclasses.asdict(cfg), versions=versions, world_size=1,
-                                                 git_commit=git_commit(), device=str(device)), indent=1))
+    join(device)
+    parallel = pick_parallel(cfg, config, device, dtype)
+    fsdp = fsdp_arguments(cfg, device, dtype) if parallel == "fsdp" else None
+    about = dict(config=dataclasses.asdict(cfg), world_size=WORLD, parallel=parallel, device=str(device),
+                 versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")},
+                 git_commit=git_commit(),
+                 task_sha256=hashlib.sha256(json.dumps(vars(task), default=str).encode()).hexdigest())
+    state = find_state(cfg, about)
+    first, log, examples = state["iteration"], state["log"], []
+    model = load_model(str(out_dir / f"iteration-{first - 1}") if first > 1 else cfg.model, device, fsdp)
+    if RANK == 0:
+        if not state["folder"]:
+            new_out_dir(out_dir)
+        write(out_dir / "sami.json", json.dumps(about, indent=1))
     flags = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default}
-    print(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M weights in float32, computing in "
-          f"{str(dtype)[6:]} on {device} | flags: {flags or 'none'}")
-    print(f"{cfg.task}: {len(task.train)} train and {len(task.test)} test queries, {len(task.principles)} principles, "
-          f"{len(task.heldout)} held out | n = {cfg.n}, chance: loss {math.log(cfg.n):.3f}, accuracy {1 / cfg.n:.2f}")
-    log, started = [], time.time()
+    say(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M weights in float32, computing in "
+        f"{str(dtype)[6:]} on {WORLD} x {device.type}{f', {parallel}' * (WORLD > 1)} | flags: {flags or 'none'}")
+    say(f"{cfg.task}: {len(task.train)} train and {len(task.test)} test queries, {len(task.principles)} principles, "
+        f"{len(task.heldout)} held out | n = {cfg.n}, chance: loss {math.log(cfg.n):.3f}, accuracy {1 / cfg.n:.2f}")
+    started, asked_to_stop = time.time(), []
+    earlier = log[-1]["seconds"] if log else 0
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(1))
+
+    def keep(iteration, step, samples, due=True, model=None, optimizer=None):
+        """Save where the run stands if that is due or SIGTERM has come."""
+        stop = total([len(asked_to_stop)]) != [0]
+        if due or stop:
+            save_state(out_dir / "state", dict(iteration=iteration, step=step, log=log), samples, model, optimizer)
+        if stop:
+            command = [f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python", *map(shlex.quote, sys.argv)]
+            say("stopped; go on with: " + " ".join(command + ["--resume"] * ("--resume" not in command)))
+            raise SystemExit(0)
 
     def report(iteration, step, row):
-        log.append(dict(iteration=iteration, step=step + 1, **row, seconds=time.time() - started))
-        write(out_dir / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log))
-        eta = (time.time() - started) / len(log) * (sum(steps) - len(log))
-        print(f"iteration {iteration} step {step + 1:2}/{steps[iteration - 1]} | loss {row['loss']:.4f} | "
-              f"acc row {row['row_accuracy']:.2f} col {row['col_accuracy']:.2f} | diag {row['diagonal']:.3f} | "
-              f"kl {row['kl']:.4f} | norm {row['grad_norm']:.2f} | changed {row['changed']:.0%} | "
-              f"{row['tokens_per_second']:,.0f} tok/s | eta {eta:.0f} s", flush=True)
+        log.append(dict(iteration=iteration, step=step + 1, **row, seconds=earlier + time.time() - started))
+        if RANK == 0:
+            write(out_dir / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log))
+        eta = log[-1]["seconds"] / len(log) * (sum(steps) - len(log))
+        say(f"iteration {iteration} step {step + 1:2}/{steps[iteration - 1]} | loss {row['loss']:.4f} | "
+            f"acc row {row['row_accuracy']:.2f} col {row['col_accuracy']:.2f} | diag {row['diagonal']:.3f} | "
+            f"kl {row['kl']:.4f} | norm {row['grad_norm']:.2f} | changed {row['changed']:.0%} | "
+            f"{row['tokens_per_second']:,.0f} tok/s | eta {eta:.0f} s")
 
-    if cfg.eval_queries:
-        show(heldout_information(model, tokenizer, task, cfg, device, dtype), 0)
-    for iteration in range(1, cfg.iterations + 1):
-        wanted = steps[iteration - 1] * cfg.batch_size
-        with compute(device, dtype):
-            examples = collect(model, tokenizer, task, cfg, iteration, wanted)  # by the last iteration's model
-        path = out_dir / "samples" / f"iteration-{iteration}.jsonl"
-        write(path, "".join(json.dumps(e) + "\n" for e in examples))
+    def measure(iteration):
+        if cfg.eval_queries:
+            show(heldout_information(model, tokenizer, task, cfg, device, dtype), iteration)
+
+    if state["folder"]:
+        examples = [json.loads(line) for line in (state["folder"] / "samples.jsonl").read_bytes().splitlines()]
+        say(f"going on in iteration {first} behind step {state['step']}, {len(examples)} queries sampled")
+    for iteration in range(first, cfg.iterations + 1):
+        if not examples:
+            measure(iteration - 1)
+        wanted, path = steps[iteration - 1] * cfg.batch_size, out_dir / "samples" / f"iteration-{iteration}.jsonl"
+        as_lines = lambda examples: "".join(json.dumps(e) + "\n" for e in examples)
+        with compute(device, dtype):  # by the last iteration's model
+            examples = collect(model, tokenizer, task, cfg, iteration, wanted, examples,
+                               lambda so_far: keep(iteration, 0, as_lines(so_far)))
+        samples = as_lines(examples)
+        if RANK == 0:
+            write(path, samples)
         why = [e["dropped"] for e in examples if e["dropped"]]
         usable = [e for e in examples if not e["dropped"]]
-        print(f"iteration {iteration}: {len(examples)} queries sampled, {len(usable)} usable"
-              + "".join(f", {why.count(w)} dropped: {w}" for w in sorted(set(why))), flush=True)
+        say(f"iteration {iteration}: {len(examples)} queries sampled, {len(usable)} usable"
+            + "".join(f", {why.count(w)} dropped: {w}" for w in sorted(set(why))))
         if not usable:
             raise RunFailed(f"all samples of iteration {iteration} were filtered out, {path} says why; loosen the "
                             f"filters of {task.path}, or raise --temperature or --max_new_tokens")
         if len(usable) < wanted:
             steps[iteration - 1] = math.ceil(len(usable) / cfg.batch_size)
-            print(f"too few usable queries for more than {steps[iteration - 1]} steps")
+            say(f"too few usable queries for more than {steps[iteration - 1]} steps")
         if cfg.restart and iteration > 1:
             model = None  # makes room
-            model = load_model(cfg.model, device)
+            model = load_model(cfg.model, device, fsdp)
         if cfg.beta:
-            base = model if cfg.restart or iteration == 1 else load_model(cfg.model, device)
-            add_base_logps(base, usable, cfg, device, dtype)
+            base = model if cfg.restart or iteration == 1 else load_model(cfg.model, device, fsdp)
+            add_base_logps(base, usable[:wanted], cfg, device, dtype)
             base = None
-        train(model, usable, steps[iteration - 1], cfg, device, dtype, lambda *args: report(iteration, *args))
+
+        def after_step(step, row, optimizer):
+            report(iteration, step, row)
+            keep(iteration, step + 1, samples, (step + 1) % cfg.save_every == 0, model, optimizer)
+
+        train(model, usable, steps[iteration - 1], cfg, device, dtype, after_step, (state["step"], state["folder"]))
         save_model(model, tokenizer, out_dir / f"iteration-{iteration}")
-        if cfg.eval_queries:
-            show(heldout_information(model, tokenizer, task, cfg, device, dtype), iteration)
-    print(f"done in {time.time() - started:.0f} s, everything is in {out_dir}")
+        state, examples = dict(step=0, folder=None), []
+        keep(iteration + 1, 0, "")
+    measure(cfg.iterations)
+    say(f"done in {earlier + time.time() - started:.0f} s, everything is in {out_dir}")
 
 
 def run(main):
     """main(command line), with bad input and failures told in one sentence: exit code 2 and 1."""
     try:
         main(sys.argv[1:])
-    except (BadInput, RunFailed, torch.OutOfMemoryError) as e:
+    except (BadInput, RunFailed, torch.OutOfMemoryError) as e:  # on every process, since each may fail alone
         hint = "; lower --tokens_per_pass or --sample_gb" if isinstance(e, torch.OutOfMemoryError) else ""
-        print(f"error: {e}{hint}", file=sys.stderr)
+        print(f"error{f' of process {RANK}' * (WORLD > 1)}: {e}{hint}", file=sys.stderr, flush=True)
         raise SystemExit(2 if isinstance(e, BadInput) else 1)
 
 
