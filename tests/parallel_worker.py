@@ -1,42 +1,45 @@
-"""What test_parallel.py runs in each process: every case by the functions that sami.py's loop is made of."""
-import json, sys
+"""What test_parallel.py runs in each process: every case, by the functions that sami.py's loop is made of."""
+import json, os, sys
 from pathlib import Path
 
 import torch
 
 import sami, tiny
 
-CPU = torch.device("cpu"), torch.float32
 
-
-def case(folder, out, parallel, checkpointing=False, lock_step=False, **flags):
-    """Sample, train two steps, save; -> what was sampled, what was reported."""
-    torch.set_num_threads(1)
+def case(folder, out, parallel="none", lock_step=False, node=0, dtype="float32", given="", **flags):
+    """Sample, train two steps, measure, save -> what one process saw. node: GPUs of a pretended node; given: samples."""
+    how = torch.device("cpu"), getattr(torch, dtype)
     cfg = sami.Config(**{**dict(n=3, batch_size=5, temperature=0.0, max_new_tokens=8, lr=3e-4, tokens_per_pass=200,
-                                checkpointing=checkpointing, eval_queries=5, seed=3), **flags})
-    task = sami.load_task(folder.parent / "task")
-    fsdp = sami.fsdp_arguments(cfg, *CPU) if parallel == "fsdp" else None
-    room, sami.sampling_memory = sami.sampling_memory, (lambda device: 1e5) if lock_step else sami.sampling_memory
-    model, reports, tokenizer = sami.load_model(str(folder), CPU[0], fsdp), [], tiny.tokenizer()
-    assert sami.is_sharded(model) == (parallel == "fsdp")
-    examples = sami.collect(model, tokenizer, task, cfg, 1, 8)
-    sami.sampling_memory = room
+                                eval_queries=5, seed=3, hybrid=node > 0), **flags})
+    task, tokenizer = sami.load_task(folder.parent / "task"), tiny.tokenizer()
+    if node:
+        os.environ["LOCAL_WORLD_SIZE"] = str(node)
+    model = sami.load_model(str(folder), how[0], sami.fsdp_arguments(cfg, *how) if parallel == "fsdp" else None)
+    if lock_step:  # as if the weights did not fit one device
+        room, sami.sampling_memory = sami.sampling_memory, lambda device: 1e5
+    with sami.compute(*how):
+        examples = json.loads((folder.parent / given).read_text()) if given else []
+        examples = sami.collect(model, tokenizer, task, cfg, 1, 8, examples)
+    if lock_step:
+        sami.sampling_memory = room
+    found = dict(examples=[dict(e) for e in examples], sharded=sami.is_sharded(model), reports=[])
     usable = [e for e in examples if not e["dropped"]]
-    kept = [dict(e) for e in examples]
-    sami.add_base_logps(model, usable, cfg, *CPU)
-    sami.train(model, usable, 2, cfg, *CPU, lambda step, row, optimizer: reports.append(row))
-    held = sami.heldout_information(model, tokenizer, task, cfg, *CPU)
+    sami.add_base_logps(model, usable, cfg, *how)
+    sami.train(model, usable, 2, cfg, *how, lambda step, row, optimizer: found["reports"].append(row))
+    held = sami.heldout_information(model, tokenizer, task, cfg, *how)
     sami.save_model(model, tokenizer, out)
-    return dict(examples=kept, reports=reports, held={k: held[k] for k in ("infonce", "row_accuracy", "infonce_se")},
-                shared=model.__dict__["can_share"])
+    own = sum(getattr(p, "_local_tensor", p).numel() for p in model.parameters())
+    return dict(found, held={k: v for k, v in held.items() if k != "examples"}, shared=model.can_share[True],
+                own=own / sum(p.numel() for p in model.parameters()))
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     root = Path(sys.argv[1])
-    sami.join(CPU[0])
-    for name, cases in json.loads((root / "cases.json").read_text()).items():
-        found = case(root / cases.pop("model"), root / f"{sami.WORLD}-{name}", **cases)
-        every = sami.gather([found])
-        assert all(f["reports"] == every[0]["reports"] or True for f in every)
+    sami.join(torch.device("cpu"))
+    for name in sys.argv[2:]:
+        flags = json.loads((root / "cases.json").read_text())[name]
+        every = sami.gather([case(root / flags.pop("model"), root / f"{name}-{sami.WORLD}", **flags)])
         if sami.RANK == 0:
-            (root / f"{sami.WORLD}-{name}.json").write_text(json.dumps(every))
+            (root / f"{name}-{sami.WORLD}.json").write_text(json.dumps(every))
