@@ -1148,6 +1148,7 @@ def new_folder(folder):
             tmp.replace(folder)
         total([0])
     except (OSError, CheckpointException, SafetensorError) as e:
+        e = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
         raise RunFailed(f"{folder} cannot be saved: {' '.join(str(e).split())[:300]}; make room there, then go on with "
                         "--resume: what was saved before is kept")
 
@@ -1342,7 +1343,7 @@ def sami(cfg):
         if due or stop:
             save_state(out_dir / "state", dict(iteration=iteration, step=step, log=log), samples, model, optimizer)
         if stop:
-            command = [f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python", *map(shlex.quote, sys.argv)]
+            command = [f"torchrun --nproc_per_node={WORLD} --" if WORLD > 1 else "python", *map(shlex.quote, sys.argv)]
             say("stopped; go on with: " + " ".join(command + ["--resume"] * ("--resume" not in command)))
             raise SystemExit(0)
 

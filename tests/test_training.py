@@ -93,7 +93,7 @@ def test_slices_alternate_and_never_touch_the_test_queries(ran):
 def test_samples_say_what_was_drawn_what_was_said_and_why_it_was_dropped(ran):
     task = sami.load_task(ran["path"] / "task")
     for steps, rows in zip((1, 2, 3), ran["samples"]):
-        assert sum(row["dropped"] is None for row in rows) == 4 * steps, "batch_size queries for each step"
+        assert 4 * steps <= sum(row["dropped"] is None for row in rows) < 4 * steps + 4, "batch_size for each step"
         for row in rows:
             assert len(row["constitutions"]) == len(row["responses"]) == len(row["sides"]) == 2
             assert row["dropped"] == task.drop(row["responses"])
@@ -180,7 +180,7 @@ def examples(tmp_path_factory):
     tiny.folder(path)
     cfg, model = sami.Config(n=2, temperature=0.5, max_new_tokens=8), tiny.model()
     got = sami.collect(model, tiny.tokenizer(), sami.load_task(path / "task"), cfg, 1, 8)
-    got = [e for e in got if e["dropped"] is None]
+    got = [e for e in got if e["dropped"] is None][:8]  # a round samples a whole batch at least
     sami.add_base_logps(model, got, cfg, *CPU)
     assert len(got) == 8
     return got
@@ -190,7 +190,7 @@ def trained(examples, steps, **flags):
     """A fresh tiny model after `steps` steps, each on all examples -> its weights and what was reported."""
     model, reports = tiny.model(), []
     cfg = sami.Config(**{**dict(n=2, batch_size=len(examples), lr=1e-3), **flags})
-    sami.train(model, examples * steps, steps, cfg, *CPU, lambda step, row: reports.append(row))
+    sami.train(model, examples * steps, steps, cfg, *CPU, lambda step, row, optimizer: reports.append(row))
     return model.state_dict(), reports
 
 
@@ -219,7 +219,7 @@ def test_how_a_batch_is_cut_into_passes_changes_nothing(examples):
     assert r1["loss"] == pytest.approx(r2["loss"], abs=1e-6)
     assert r1["grad_norm"] == pytest.approx(r2["grad_norm"], rel=1e-5)
     assert max((one[k] - many[k]).abs().max() for k in one) < 1e-6
-    groups = list(sami.passes(examples, sami.Config(n=2, tokens_per_pass=300)))
+    groups = [group for group, weight in sami.passes(examples, sami.Config(n=2, tokens_per_pass=300)) if weight == 1]
     assert 1 < len(groups) < 8, "and here are passes of several queries"
     assert sorted(e["number"] for g in groups for e in g) == sorted(e["number"] for e in examples)
 
