@@ -96,7 +96,7 @@ class Config:
 # The paper's Table 1. What the authors ran differs: lr warmed up from 0 and decayed, so that 2/4/6 steps were 1/3/5,
 # each on the last 8 queries of the 128; the weights of mixtral and llama were bf16.
 PAPER = dict(iterations=3, steps="2,4,6", batch_size=128, n=2, lr=5e-7, beta=0.0, temperature=0.0, max_new_tokens=350,
-             eval_queries=250, tokens_per_pass=16384)
+             eval_queries=250, tokens_per_pass=4096)
 PRESETS = {
     # for one consumer GPU; planned, not run
     "tldr-small": dict(task="data/tldr", model="HuggingFaceTB/SmolLM2-360M", n=2, batch_size=32, lr=1e-5,
@@ -105,10 +105,11 @@ PRESETS = {
                     beta=0.35, temperature=1.0, max_new_tokens=48, restart=False),
     "hh-mistral-7b": dict(PAPER, task="data/hh", model="mistralai/Mistral-7B-v0.1"),
     "tldr-mistral-7b": dict(PAPER, task="data/tldr", model="mistralai/Mistral-7B-v0.1"),
-    "tldr-mixtral-8x7b": dict(PAPER, task="data/tldr", model="mistralai/Mixtral-8x7B-v0.1", optimizer="rmsprop"),
+    "tldr-mixtral-8x7b": dict(PAPER, task="data/tldr", model="mistralai/Mixtral-8x7B-v0.1", optimizer="rmsprop",
+                              checkpointing=True),
     # ran: lr 1e-6 with chain of thought (500 new tokens, dropped before training); without it 5e-7, end of text scored
     "principles-llama3-70b": dict(PAPER, task="data/principles", model="meta-llama/Meta-Llama-3-70B", steps="4,8,12",
-                                  optimizer="rmsprop"),
+                                  optimizer="rmsprop", checkpointing=True),
 }
 
 
@@ -397,12 +398,16 @@ def pick_device(cfg):
     return torch.device(name, LOCAL_RANK) if name == "cuda" else torch.device(name), getattr(torch, dtype)
 
 
-def load_tokenizer(path):
-    """Model folder or hub name -> (config, tokenizer): small files, so that bad input is met before weights load."""
-    from transformers import AutoConfig, AutoTokenizer  # slow to import: wrong flags should not wait for it
+def quiet():
     from transformers.utils import logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def load_tokenizer(path):
+    """Model folder or hub name -> (config, tokenizer): small files, so that bad input is met before weights load."""
+    from transformers import AutoConfig, AutoTokenizer  # slow to import: wrong flags should not wait for it
+    quiet()
     owner, _, name = path.rpartition("/")
     hub = name and "/" not in owner and not Path(path).exists() and not (owner and Path(owner).exists())
     need(hub or (Path(path) / "config.json").is_file(),
@@ -430,9 +435,7 @@ def load_model(path, device, fsdp=None):
     except Exception as e:  # safetensors has kinds of its own
         raise BadInput(f"--model={path} cannot be loaded: {' '.join(str(e).split())[:300]}")
     if fsdp:
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, **how)
-        model = shard(empty, model, device, fsdp)
+        model = shard(empty_model(config, **how), model, device, fsdp)
     return (model if fsdp else model.to(device)).eval()
 
 
@@ -505,92 +508,88 @@ def ready_to_sample(model):
             model(torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
 
 
-def memory(cfg, config, dtype, parts):
-    """Bytes on each GPU in training, with the model cut into `parts` or whole (1) -> {what: bytes}."""
+def empty_model(config, **how):
+    """A model without memory for its weights: shapes and names alone."""
     from transformers import AutoModelForCausalLM
+    quiet()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    size = sum(p.numel() for p in model.parameters())
-    block = max(sum(p.numel() for p in b.parameters()) for b in blocks(model)) if blocks(model) else size
-    outside = size - sum(p.numel() for b in blocks(model) for p in b.parameters())
-    c, half = config.get_text_config(), dtype != torch.float32
-    wide = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
-    wide *= getattr(c, "num_experts_per_tok", None) or 1
-    # bytes that a layer keeps of a token for backward: measured with saved_tensors_hooks, linear in both widths
-    a, b = {(False, False): (37, 16), (False, True): (37, 16), (True, False): (35, 8.5), (True, True): (23, 8.2)}[
-        half, parts > 1]
-    layer = a * c.hidden_size + b * wide
-    kept = c.num_hidden_layers * (2 if half and parts > 1 else 4) * c.hidden_size + layer  # what is computed again
-    width = 2 if half else 4
+        return AutoModelForCausalLM.from_config(config, **how)
+
+
+def weight_count(modules):
+    return sum(p.numel() for m in modules for p in m.parameters())
+
+
+def memory(cfg, model, dtype, parts):
+    """Bytes on each GPU in training, with the (empty) model cut into `parts`, 1 = whole -> {what: bytes}."""
+    text, half = model.config.get_text_config(), dtype != torch.float32
+    size, layers = weight_count([model]), blocks(model) or [model]
+    experts = getattr(text, "num_experts_per_tok", None) or 1
+    wide = experts * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
+    # bytes that a layer keeps of a token for the backward pass, linear in both widths: fitted to saved_tensors_hooks
+    a, b = (37, 16) if not half else (35, 8.5) if parts == 1 else (23, 8.2)
+    layer, between = a * text.hidden_size + b * wide, (2 if half and parts > 1 else 4) * text.hidden_size
+    kept = len(layers) * between + layer if cfg.checkpointing else len(layers) * layer
+    # a bfloat16 copy of all; or two layers and what is outside of layers, with their gradients
+    together = 2 * weight_count(layers[:1]) + size - weight_count(layers)
     return {"weights": 4 * size / parts, "gradients": 4 * size / parts,
-            f"optimizer ({cfg.optimizer})": dict(adamw=8, rmsprop=4)[cfg.optimizer] * size / parts,
-            # a bfloat16 copy of all, or two layers and what is outside of them, each with its gradient
-            "weights at work": 2 * width * (2 * block + outside) if parts > 1 else 2 * size * half,
-            "activations": cfg.tokens_per_pass * (kept if cfg.checkpointing else c.num_hidden_layers * layer)}
+            f"optimizer ({cfg.optimizer})": (8 if cfg.optimizer == "adamw" else 4) * size / parts,
+            "weights at work": 2 * (2 if half else 4) * together if parts > 1 else 2 * size * half,
+            "activations": cfg.tokens_per_pass * kept}
 
 
 def pick_parallel(cfg, config, device, dtype):
-    """ddp where all that training holds fits one GPU, else fsdp."""
+    """Nothing for one process; ddp where all that training holds fits one GPU; else fsdp."""
     if WORLD == 1 or cfg.parallel != "auto":
         return "none" if WORLD == 1 else cfg.parallel
     room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
-    return "ddp" if sum(memory(cfg, config, dtype, 1).values()) < 0.95 * room else "fsdp"
+    return "ddp" if sum(memory(cfg, empty_model(config), dtype, 1).values()) < 0.95 * room else "fsdp"
 
 
 def plan(cfg, task, steps):
-    """Print what a run needs on each GPU, and how long it takes: arithmetic, checked against measured peaks by
-    tests/test_plan.py. Loads no weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Print what a run needs on each GPU and about how long it takes. Arithmetic: loads no weights, needs no GPU."""
     if cfg.model in SHAPES:
+        from transformers import AutoConfig
         kind, values = SHAPES[cfg.model]
-        config, count = AutoConfig.for_model(kind, **values), lambda text: len(text) / 4
+        config, count = AutoConfig.for_model(kind, **values), lambda text: len(text) / 4  # letters in a token, about
     else:
         config, tokenizer = load_tokenizer(cfg.model)
         count = lambda text: len(encode(tokenizer, text)[0])
-    gpus, dtype = cfg.gpus or WORLD, getattr(torch, "bfloat16" if cfg.dtype == "auto" else cfg.dtype)
-    room, c = cfg.gpu_memory * 1e9, config.get_text_config()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    size = sum(p.numel() for p in model.parameters())
-    experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
-    active = size - experts + experts * (getattr(c, "num_experts_per_tok", 0) or 0) / (getattr(c, "num_local_experts", 0) or 1)
-    ways = dict(ddp=memory(cfg, config, dtype, 1), fsdp=memory(cfg, config, dtype, gpus))
-    fits = [way for way in ways if sum(ways[way].values()) < 0.95 * room]
-    print(f"{cfg.model}: {size / 1e9:.3g}B weights, on {gpus} GPUs of {cfg.gpu_memory:g} GB, {str(dtype)[6:]}\n"
-          f"{'GB on each GPU':<24}" + "".join(f"{way:>8}" for way in ways))
-    for name in [*ways["ddp"], "together"]:
-        print(f"  {name:<22}" + "".join(f"{ways[w].get(name, sum(ways[w].values())) / 1e9:8.1f}" for w in ways))
-    print(f"fits: {', '.join(fits) or 'no'}" + (f", runs as {fits[0]}" if fits and gpus > 1 else ""))
-    if not fits:
-        enough = next((g for g in range(gpus, 1025) for m in [memory(cfg, config, dtype, g)]
-                       if sum(m.values()) < 0.95 * room), None)
-        print(f"would fit: {enough} such GPUs" if enough else "would fit: no number of such GPUs; lower "
-              "--tokens_per_pass or add --checkpointing")
-    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    token = 2 * c.num_hidden_layers * heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads) \
-        * dtype.itemsize
-    x, cs = task.train[:200], task.draw(rng(cfg.seed), 1)[0]
-    prompt = float(np.mean([count(task.sampling_prompt(q["query"], cs)) for q in x]))
-    scored = float(np.mean([count(task.prompt(q["query"], cs)) for q in x]))
-    whole = size * dtype.itemsize
-    left = room * 0.9 - (4 * size / gpus + whole if "ddp" not in fits else 4 * size + whole)
-    together = left > 0
-    left = left if together else room * 0.9 - 4 * size / gpus
-    batch = int(left / token / (prompt + cfg.max_new_tokens))
-    print(f"sampling: {token / 1e3:.0f} kB of keys and values a token, up to {max(batch, 0)} responses side by side on each "
-          f"GPU, weights {'together' if together else 'cut (in lock step)'}")
-    for iteration, k in enumerate(steps, 1):
-        queries = k * cfg.batch_size
-        responses = queries * cfg.n
-        passes = math.ceil(responses / gpus / max(1, batch))
-        seconds = 2 * active * responses * prompt / gpus / cfg.gpu_tflops / 1e12  # reading the prompts
-        step = max(0.001 * c.num_hidden_layers, 2 * whole / 1e12 / 3)
-        seconds += passes * cfg.max_new_tokens * (step if together else step + whole / 1e11)
-        tokens = queries * cfg.n * (scored + cfg.n * cfg.max_new_tokens)
-        seconds += (8 if cfg.checkpointing else 6) * active * tokens / gpus / cfg.gpu_tflops / 1e12
-        seconds += 2 * active * tokens / gpus / cfg.gpu_tflops / 1e12 if cfg.beta else 0
+    model, text, gpus, room = empty_model(config), config.get_text_config(), cfg.gpus or WORLD, 0.95e9 * cfg.gpu_memory
+    dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
+    size, experts = weight_count([model]), sum(p.numel() for p in model.parameters() if p.ndim == 3)
+    active = size - experts * (1 - (getattr(text, "num_experts_per_tok", 1) / getattr(text, "num_local_experts", 1)))
+    ways = dict(ddp=memory(cfg, model, dtype, 1), fsdp=memory(cfg, model, dtype, gpus))
+    if gpus == 1:
+        del ways["fsdp"]
+    print(f"{cfg.model}: {size / 1e9:.3g}B weights on {gpus} x {cfg.gpu_memory:g} GB, computing in {str(dtype)[6:]}\n"
+          f"{'GB on each GPU':<22}" + "".join(f"{way:>8}" for way in ways))
+    for name in [*ways["ddp"], "all"]:
+        print(f"  {name:<20}" + "".join(f"{w.get(name, sum(w.values())) / 1e9:8.1f}" for w in ways.values()))
+    way = next((way for way, parts in ways.items() if sum(parts.values()) < room), None)
+    enough = next((g for g in range(2, 1025) if sum(memory(cfg, model, dtype, g).values()) < room), None)
+    print("fits" + f", as {way}" * (gpus > 1) if way else "does not fit; " + (f"{enough} such GPUs would do" if enough else "no number of such "
+          "GPUs would do: lower --tokens_per_pass" + ", or add --checkpointing" * (not cfg.checkpointing)))
+
+    kv = 2 * len(blocks(model)) * text.hidden_size * dtype.itemsize  # bytes of keys and values of a token
+    kv *= (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) / text.num_attention_heads
+    c, queries = task.draw(rng(cfg.seed), 1)[0], task.train[:100]
+    sampled, scored = (float(np.mean([count(f(q["query"], c)) for q in queries]))
+                       for f in (task.sampling_prompt, task.prompt))
+    left = room - 4 * size / (1 if way == "ddp" else gpus)
+    whole = left > 2 * size * dtype.itemsize  # the weights that sampling computes with, and as much for what it keeps
+    batch = int((left - size * dtype.itemsize * whole) / 2 / kv / (sampled + cfg.max_new_tokens))
+    print(f"sampling: {kv / 1e3:.3g} kB of keys and values a token, up to {max(0, batch)} responses side by side on a GPU, "
+          f"weights {'whole' if whole else 'cut, all processes in step'}")
+    for iteration, count in enumerate(steps, 1):
+        responses = count * cfg.batch_size * cfg.n
+        trained = responses * (scored + cfg.n * cfg.max_new_tokens)
+        work = 2 * active * responses * sampled + active * trained * (6 + 2 * cfg.checkpointing + 2 * (cfg.beta > 0))
+        rounds = math.ceil(responses / gpus / max(1, batch)) * cfg.max_new_tokens  # a token takes a millisecond a layer
+        pause = 1e-3 * len(blocks(model)) + (0 if whole else size * dtype.itemsize / 1e11)  # and sending cut weights
+        seconds = work / gpus / cfg.gpu_tflops / 1e12 + rounds * pause
         print(f"iteration {iteration}: {responses} responses of up to {cfg.max_new_tokens} tokens to prompts of about "
-              f"{prompt:.0f}, {tokens / 1e6:.2f}M tokens scored; about {seconds / 60:.1f} min")
+              f"{sampled:.0f}, {trained / 1e6:.2f}M tokens a pass over them; about {math.ceil(seconds / 60)} min")
 
 
 def end_ids(model, tokenizer):
@@ -1167,8 +1166,7 @@ def save_model(model, tokenizer, folder):
     weights, like = None, model
     if is_sharded(model):  # process 0 puts the weights together in CPU memory
         weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        with torch.device("meta"):
-            like = type(model).__mro__[2](model.config)  # FSDP's class, FSDP's mixin, the model's own class
+        like = empty_model(model.config)
         like.generation_config = model.generation_config
     with new_folder(folder) as tmp:
         if RANK == 0:
@@ -1290,6 +1288,8 @@ def main(argv):
     seeds = cfg.seeds.split(",") if cfg.seeds else []
     need(all(s.isdigit() for s in seeds) and len(set(seeds)) == len(seeds),
          f"--seeds={cfg.seeds}: give different whole numbers such as 1,2,3")
+    if cfg.plan:
+        return plan(cfg, load_task(cfg.task), check(cfg))
     if not seeds:
         sami(cfg)
     for s in seeds:
@@ -1304,8 +1304,6 @@ def sami(cfg):
         task.draw(rng(cfg.seed), cfg.n, focus)  # raises where there are no n different constitutions
     need(min(len(task.train), cfg.max_queries or math.inf) > 1, "iterations take turns on two halves of the training "
          f"queries: {cfg.task} or --max_queries leaves one query, give at least two")
-    if cfg.plan:
-        return plan(cfg, task, steps)
     device, dtype = pick_device(cfg)
     config, tokenizer = load_tokenizer(cfg.model)
     check_lengths(task, config, tokenizer, cfg)
