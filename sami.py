@@ -39,6 +39,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on busy CPUs, threads that wait must not keep others from working
 
+import jinja2
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -177,10 +178,24 @@ class Constitution:
         return Constitution(names, sides, texts, self.numbered)
 
 
-TASK_KEYS = dict(about="", sampling_prompt="", scoring_prompt="", response_prefix="", answer_after="", stop=[],
-                 drop_if_contains=[], first_must_end_with="", principles_per_constitution=2,
-                 first_always_positive=True, others="independent", numbered=True, principles="principles.json",
-                 train="train.jsonl", test="test.jsonl")
+def as_query(x):
+    """What a line gives as its query -> a text, or a list of messages {role, content} of a dialogue; else None."""
+    turns = [dict(role="user", content=x)] if isinstance(x, str) else x if isinstance(x, list) else []
+    fine = len(turns) % 2 and all(
+        isinstance(m, dict) and m.get("role") == role and isinstance(m.get("content"), str) and m["content"].strip()
+        for m, role in zip(turns, ["user", "assistant"] * len(turns)))
+    return None if not fine else turns if len(turns) > 1 else turns[0]["content"]  # one message is the same as a text
+
+
+def flat(x):
+    """A query as one text, by which it is shown and compared: a dialogue becomes lines such as "user: Hello"."""
+    return x if isinstance(x, str) else "\n".join(f"{m['role']}: {m['content']}" for m in x)
+
+
+TASK_KEYS = dict(about="", chat=False, sampling_prompt="", scoring_prompt="", response_prefix="", answer_after="",
+                 turns=["\n\nHuman: ", "\n\nAssistant: "], stop=[], drop_if_contains=[], first_must_end_with="",
+                 principles_per_constitution=2, first_always_positive=True, others="independent", numbered=True,
+                 principles="principles.json", train="train.jsonl", test="test.jsonl")
 
 
 class Task:
@@ -198,8 +213,12 @@ class Task:
         spec = {**TASK_KEYS, "scoring_prompt": spec.get("sampling_prompt", ""), **spec}
         need(spec["others"] in ("independent", "complement"), f"{path}: 'others' must be independent or complement")
         self.templates = {key: spec.pop(key) for key in ("sampling_prompt", "scoring_prompt")}
-        for key, slot in [(key, slot) for key in self.templates for slot in ("{query}", "{constitution}")]:
-            need(slot in self.templates[key], f"{path}: {key!r} has no {slot}; put it where the {slot[1:-1]} belongs")
+        need(len(spec["turns"]) == 2, f"{path}: 'turns' must be two texts, before what the user and the assistant say")
+        for key, template in self.templates.items():
+            for slot in ("{constitution}", *["{query}"] * (not spec["chat"])):
+                need(slot in template, f"{path}: {key!r} has no {slot}; put it where the {slot[1:-1]} belongs")
+            need(not spec["chat"] or "{query}" not in template, f"{path}: with 'chat', {key!r} is the system message "
+                 "and the query is the user's; remove {query}")
         self.__dict__.update(spec)
         self.principles, self.heldout = [], []  # lists of dicts: name, positive, negative, heldout
         path = self.folder / spec["principles"]
@@ -219,7 +238,7 @@ class Task:
         need(1 <= self.principles_per_constitution <= len(self.principles), f"{self.path}: "
              f"principles_per_constitution must lie between 1 and the {len(self.principles)} principles to train on")
         self.train, self.test = self.queries(spec["train"]), self.queries(spec["test"])
-        both = {q["query"] for q in self.train} & {q["query"] for q in self.test}
+        both = {flat(q["query"]) for q in self.train} & {flat(q["query"]) for q in self.test}
         need(not both, f"{self.folder}: {min(both, default='')[:60]!r} is in {spec['train']} and in {spec['test']}; "
              "remove it from one of them")
 
@@ -239,13 +258,15 @@ class Task:
         for i, line in enumerate(path.read_bytes().rstrip().split(b"\n"), 1):  # no splitlines(): texts may hold U+2028
             try:
                 row = json.loads(line)
-                text = row["query"].strip()
-            except (ValueError, KeyError, TypeError, AttributeError):
-                text = ""
-            need(text, f"{path} line {i} is not of the form {form}: {line[:60]!r}")
+                x = as_query(row["query"])
+            except (ValueError, KeyError, TypeError):
+                x = None
+            need(x, f"{path} line {i} is not of the form {form}, nor is its query a list of messages "
+                 '{"role": "user" or "assistant", "content": "..."} that take turns, the user first and last: '
+                 f"{line[:60]!r}")
             need(row.get("focus") in (None, *(p["name"] for p in self.principles)),
                  f"{path} line {i}: focus must name a principle that is trained on, not {row.get('focus')!r}")
-            rows.append(dict(row, line=f"{path} line {i}"))
+            rows.append(dict(row, query=x, line=f"{path} line {i}"))
         need(rows, f"{path} holds no queries; write one {form} a line")
         return rows
 
@@ -278,14 +299,20 @@ class Task:
                 .shuffled(rng) for s in sides]
 
     def prompt(self, x, c):
-        """The text before a response when it is scored."""
+        """What comes before a response when it is scored: a text, or with "chat" a list of messages."""
         return self.fill("scoring_prompt", x, c)
 
     def sampling_prompt(self, x, c):
-        """The text before a response when it is sampled."""
+        """What comes before a response when it is sampled: a text, or with "chat" a list of messages."""
         return self.fill("sampling_prompt", x, c)
 
-    def fill(self, key, x, c):  # the query last, since it may itself hold the word {constitution}
+    def fill(self, key, x, c):
+        first, *more = [dict(role="user", content=x)] if isinstance(x, str) else x
+        if self.chat:
+            system = self.templates[key].replace("{constitution}", str(c))
+            return [dict(role="system", content=system), first, *more]
+        x = first["content"] + "".join(self.turns[m["role"] == "assistant"] + m["content"] for m in more)
+        # the query last, since it may itself hold the word {constitution}
         return x.join(part.replace("{constitution}", str(c)) for part in self.templates[key].split("{query}"))
 
     def clean(self, text):
@@ -365,16 +392,38 @@ def end_ids(model, tokenizer):
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
+def render(tokenizer, messages):
+    """Messages -> text, by the model's chat template, up to where its answer begins.
+
+    A template without a system role raises, or leaves the system text out; that then opens the user's first message.
+    Raises BadInput where there is no template, or none for these messages."""
+    need(tokenizer.chat_template, f"--model={tokenizer.name_or_path} has no chat template; choose a model that was "
+         "tuned on chats, or leave out --chat and the task's \"chat\"")
+    first, *rest = messages
+    joined = [dict(m, content=f"{first['content']}\n\n{m['content']}") for m in rest[:1]] + rest[1:]
+    for turns in filter(None, (messages, joined)):
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except jinja2.TemplateError:
+            continue
+        if first["content"].strip() in text:
+            return text
+    raise BadInput(f"--model={tokenizer.name_or_path}: its chat template cannot take these messages; choose another")
+
+
 def encode(tokenizer, prompt, prefix=""):
-    """Prompt -> ids, with the start token that the model was trained with and no end token; then ids of `prefix`.
+    """Prompt, a text or messages -> ids, with the start token that the model was trained with and no end token; then
+    ids of `prefix`.
 
     The prefix (the forced opening of a response) is tokenised behind the prompt where that leaves the prompt's own ids
     as they are, for sentencepiece treats the first space of a text apart.
     """
-    ids = tokenizer(prompt).input_ids
-    if ids[-1:] == [tokenizer.eos_token_id] != [tokenizer.bos_token_id]:
+    plain = isinstance(prompt, str)  # a chat template brings its own start token
+    prompt = prompt if plain else render(tokenizer, prompt)
+    ids = tokenizer(prompt, add_special_tokens=plain).input_ids
+    if plain and ids[-1:] == [tokenizer.eos_token_id] != [tokenizer.bos_token_id]:
         ids = ids[:-1]
-    both = tokenizer(prompt + prefix).input_ids if prefix else ids
+    both = tokenizer(prompt + prefix, add_special_tokens=plain).input_ids if prefix else ids
     return ids, both[len(ids):] if both[:len(ids)] == ids else tokenizer(prefix, add_special_tokens=False).input_ids
 
 
@@ -858,7 +907,8 @@ def show(held, iteration):
     print(f"{f'iteration {iteration}' if iteration else 'base'}, held out: infonce {number('infonce')} of at most "
           f"{held['infonce_cap']:.3f} nats | accuracy row {number('row_accuracy')}, col {number('col_accuracy')}")
     e = held["examples"][0]
-    print(f"  x: {e['query'][:100]}\n  logp" + "".join(f"{f'y_{j + 1}':>8}" for j in range(len(e["logp"]))))
+    print(f"  x: {' '.join(flat(e['query']).split())[:100]}\n  logp"
+          + "".join(f"{f'y_{j + 1}':>8}" for j in range(len(e["logp"]))))
     for i, (row, c) in enumerate(zip(e["logp"].tolist(), e["constitutions"])):
         print(f"   c_{i + 1}" + "".join(f"{value:8.3f}" for value in row) + f"   {' '.join(c.split())[:80]}")
     for j in range(2):
