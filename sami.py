@@ -54,6 +54,7 @@ class Config:
     preset: str = ""  # start from a named set of values: stories, or one of the paper's four experiments (PRESETS)
     task: str = "data/toy"  # folder with the prompts, principles and queries
     model: str = "data/toy/base"  # base model: Hugging Face folder or hub name
+    check: bool = False  # only look: prompts, draws, lengths and what the run would cost; loads no weights
     out_dir: str = "out"  # checkpoints, samples, logs; an earlier run there is moved aside, never overwritten
     iterations: int = 3  # rounds of sampling and training
     steps: str = "4,8,12"  # gradient steps: one number, or one for each iteration
@@ -111,7 +112,7 @@ def need(ok, sentence):
 
 
 def parse(Config, argv, presets={}):
-    """`--name=value` flags -> Config. A preset's values replace the defaults, flags replace both."""
+    """`--name=value` flags -> Config; --name alone is True. A preset's values replace defaults, flags replace both."""
     kinds, given = typing.get_type_hints(Config), {}
     if "--help" in argv or "-h" in argv:
         for line in inspect.getsource(Config).splitlines():  # the dataclass is the help text
@@ -123,7 +124,8 @@ def parse(Config, argv, presets={}):
     for arg in argv:
         name, eq, text = arg.removeprefix("--").partition("=")
         need(arg.startswith("--") and name in kinds, f"unknown flag {arg!r}; --help lists the flags")
-        need(eq, f"flag --{name} needs a value: --{name}=...")
+        need(eq or kinds[name] is bool, f"flag --{name} needs a value: --{name}=...")
+        text = text if eq else "True"
         try:
             given[name] = dict(true=True, false=False)[text.lower()] if kinds[name] is bool else kinds[name](text)
         except (ValueError, KeyError):
@@ -882,15 +884,45 @@ def new_out_dir(out_dir):
 
 
 def check_lengths(task, config, tokenizer, cfg):
-    """Meet a prompt that is too long before any weights load."""
+    """Meet a prompt that is too long before any weights load. -> tokens of the longest prompt, and the context."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     texts = sorted((max(p["positive"] + p["negative"], key=len) for p in task.principles), key=len)
     c = Constitution((), (), texts[-task.principles_per_constitution:], task.numbered)
-    for q in sorted(task.train + task.test, key=lambda q: -len(q["query"]))[:20]:
-        length = max(len(sum(encode(tokenizer, f(q["query"], c), task.response_prefix), []))
-                     for f in (task.prompt, task.sampling_prompt))
-        need(length + cfg.max_new_tokens <= limit, f"{q['line']}: its prompt has up to {length} tokens, which with "
-             f"--max_new_tokens={cfg.max_new_tokens} is more than the model's context of {limit}; shorten the query")
+    lengths = {max(len(sum(encode(tokenizer, f(q["query"], c), task.response_prefix), []))
+                   for f in (task.prompt, task.sampling_prompt)): q["line"]
+               for q in sorted(task.train + task.test, key=lambda q: -len(flat(q["query"])))[:20]}
+    longest = max(lengths)
+    need(longest + cfg.max_new_tokens <= limit, f"{lengths[longest]}: its prompt has up to {longest} tokens, which "
+         f"with --max_new_tokens={cfg.max_new_tokens} is more than the model's context of {limit}; shorten the query")
+    return longest, limit
+
+
+def check_task(task, tokenizer, cfg, steps, longest, limit):
+    """Print what a run would read and cost. steps: of each iteration; longest prompt and limit of context: tokens."""
+    some = list(enumerate(task.train))[::len(task.train) // 500 + 1]  # enough for a mean
+    drawn = [task.draw(rng(cfg.seed, 1, i, DRAW), cfg.n, q.get("focus")) for i, q in some]
+    sampling, scoring = ([encode(tokenizer, f(q["query"], cs[0]), prefix) for (_, q), cs in zip(some, drawn)]
+                         for f, prefix in ((task.sampling_prompt, task.response_prefix), (task.prompt, "")))
+    for name, prompts in dict(sampling=sampling, scoring=scoring).items():
+        print(f"--- a {name} prompt, as the model reads it (mean of {len(some)} training queries: "
+              f"{np.mean([len(p + y) for p, y in prompts]):.0f} tokens)\n{tokenizer.decode(sum(prompts[0], []))}")
+    print(f"--- the {cfg.n} constitutions of this query")
+    for j, c in enumerate(drawn[0], 1):
+        print(f"c_{j}: {', '.join('not ' * (not side) + name for name, side in zip(c.names, c.sides))}\n{c}")
+    print("--- a query is dropped if a response is empty or two are the same")
+    for key, what in dict(answer_after="a response starts behind", stop="a response ends before any of",
+                          drop_if_contains="a query is dropped if a response contains any of",
+                          first_must_end_with="a query is dropped unless its first response ends with").items():
+        if getattr(task, key):
+            print(f"{what} {getattr(task, key)!r}")
+    print(f"--- the longest prompt has {longest} tokens; it and --max_new_tokens fit the model's context of {limit}")
+    total, y = min(cfg.max_queries or math.inf, len(task.train)), len(sampling[0][1]) + cfg.max_new_tokens
+    train = sum(min(k * cfg.batch_size, len(range(i % 2, total, 2))) for i, k in enumerate(steps))  # of one half each
+    held = (cfg.iterations + 1) * min(cfg.eval_queries, len(task.test))
+    rows = (train + held) * cfg.n  # prompts, each scored with n responses behind it
+    print(f"--- a run samples for {train:,} queries to train on (more if some are dropped) and {held:,} held-out ones: "
+          f"{rows:,} responses,\nat most {rows * cfg.max_new_tokens:,} tokens; it scores about "
+          f"{rows * (np.mean([len(p) for p, _ in scoring]) + cfg.n * y):,.0f} tokens if they are all so long")
 
 
 def git_commit():
@@ -920,6 +952,8 @@ def main(argv):
     seeds = cfg.seeds.split(",") if cfg.seeds else []
     need(all(s.isdigit() for s in seeds) and len(set(seeds)) == len(seeds),
          f"--seeds={cfg.seeds}: give different whole numbers such as 1,2,3")
+    if cfg.check:
+        return sami(cfg)
     if not seeds:
         sami(cfg)
     for s in seeds:
@@ -936,7 +970,9 @@ def sami(cfg):
          f"queries: {cfg.task} or --max_queries leaves one query, give at least two")
     device, dtype = pick_device(cfg)
     config, tokenizer = load_tokenizer(cfg.model)
-    check_lengths(task, config, tokenizer, cfg)
+    longest, limit = check_lengths(task, config, tokenizer, cfg)
+    if cfg.check:
+        return check_task(task, tokenizer, cfg, steps, longest, limit)
     out_dir = Path(cfg.out_dir)
     need(not out_dir.is_file(), f"--out_dir={out_dir} is a file; name a folder")
     need(out_dir.resolve() not in Path(cfg.model).resolve().parents,
