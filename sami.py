@@ -415,7 +415,7 @@ def render(tokenizer, messages):
 
 def encode(tokenizer, prompt, prefix=""):
     """Prompt, a text or messages -> ids, with the start token that the model was trained with and no end token; then
-    ids of `prefix`.
+    ids of `prefix`. Raises BadInput like render.
 
     The prefix (the forced opening of a response) is tokenised behind the prompt where that leaves the prompt's own ids
     as they are, for sentencepiece treats the first space of a text apart.
