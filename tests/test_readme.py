@@ -22,7 +22,7 @@ def write_recipes(folder):
     """The README's task, into data/ of `folder`: a copied task, with the files that the README shows in it."""
     source, target = re.search(r"`cp -r (\S+) (\S+)`", TEXT).groups()
     shutil.copytree(ROOT / source, folder / target)
-    shown = dict(re.findall(rf"`({target}/[\w.]+)`[^\n]*\n\n```\w+\n(.*?)^```", TEXT, re.M | re.S))
+    shown = dict(re.findall(rf"`({target}/[\w.]+)`[^\n]*\n(?:[^\n]+\n)*\n```\w+\n(.*?)^```", TEXT, re.M | re.S))
     assert [name[len(target):] for name in shown] == ["/task.json", "/principles.json", "/train.jsonl", "/rules.py"]
     shown[f"{target}/test.jsonl"] = '{"query": "What is for lunch?"}\n{"query": "What goes with bread?"}\n'
     for name, text in shown.items():
