@@ -263,9 +263,8 @@ class Task:
                 x = as_query(row["query"])
             except (ValueError, KeyError, TypeError):
                 x = None
-            need(x, f"{path} line {i} is not of the form {form}, nor is its query a list of messages "
-                 '{"role": "user" or "assistant", "content": "..."} that take turns, the user first and last: '
-                 f"{line[:60]!r}")
+            need(x, f"{path} line {i} is not of the form {form}, with a text or a list of messages {{role, content}} "
+                 f"of user and assistant in turn, the user first and last: {line[:60]!r}")
             need(row.get("focus") in (None, *(p["name"] for p in self.principles)),
                  f"{path} line {i}: focus must name a principle that is trained on, not {row.get('focus')!r}")
             rows.append(dict(row, query=x, line=f"{path} line {i}"))
@@ -311,8 +310,7 @@ class Task:
     def fill(self, key, x, c):
         first, *more = [dict(role="user", content=x)] if isinstance(x, str) else x
         if self.chat:
-            system = self.templates[key].replace("{constitution}", str(c))
-            return [dict(role="system", content=system), first, *more]
+            return [dict(role="system", content=self.templates[key].replace("{constitution}", str(c))), first, *more]
         x = first["content"] + "".join(self.turns[m["role"] == "assistant"] + m["content"] for m in more)
         # the query last, since it may itself hold the word {constitution}
         return x.join(part.replace("{constitution}", str(c)) for part in self.templates[key].split("{query}"))
@@ -909,12 +907,11 @@ def check_task(task, tokenizer, cfg, steps, longest, limit):
     print(f"--- the {cfg.n} constitutions of this query")
     for j, c in enumerate(drawn[0], 1):
         print(f"c_{j}: {', '.join('not ' * (not side) + name for name, side in zip(c.names, c.sides))}\n{c}")
-    print("--- a query is dropped if a response is empty or two are the same")
-    for key, what in dict(answer_after="a response starts behind", stop="a response ends before any of",
-                          drop_if_contains="a query is dropped if a response contains any of",
-                          first_must_end_with="a query is dropped unless its first response ends with").items():
-        if getattr(task, key):
-            print(f"{what} {getattr(task, key)!r}")
+    words = dict(answer_after="a response starts behind", stop="a response ends before any of",
+                 drop_if_contains="a query is dropped if a response contains any of",
+                 first_must_end_with="a query is dropped unless its first response ends with")
+    print("--- a query is dropped if a response is empty or two are the same",
+          *[f"{words[key]} {value!r}" for key in words if (value := getattr(task, key))], sep="\n")
     print(f"--- the longest prompt has {longest} tokens; it and --max_new_tokens fit the model's context of {limit}")
     total, y = min(cfg.max_queries or math.inf, len(task.train)), len(sampling[0][1]) + cfg.max_new_tokens
     train = sum(min(k * cfg.batch_size, len(range(i % 2, total, 2))) for i, k in enumerate(steps))  # of one half each

@@ -170,13 +170,14 @@ def test_a_run_on_dialogues_and_its_evaluation(make, monkeypatch, capsys, keys, 
 
     (path / "task/rules.py").write_text("".join(  # a rule reads a dialogue as one text
         f"def p{i}(query, response): return query.split()[0] in ('test', 'user:') and len(response) > {i}\n"
-        for i in range(1, 7)))
+        for i in range(1, 7)) + "def in_world(query, response): return query.split()[0] in ('test', 'user:')\n")
     tiny.model(max_position_embeddings=1024).save_pretrained(path / "judge")
     tokenizer().save_pretrained(path / "judge")
     flags = [f"--out_dir={path}/out", "--device=cpu", "--judge=" + dict(model=f"model:{path}/judge").get(judge, judge)]
     evaluate.main(flags)
     results = json.loads((path / "out/results.json").read_text())["models"]["iteration-1"]
     assert 0 <= results["win_rate"] <= 1 and 0 <= results["adherence"] <= 1 and results["infonce"] is not None
+    assert results["in_world_rate"] == 1
     assert "user: test w assistant: yes? user: do tell" in (path / "out/report.md").read_text()
 
     stored = path / "out/responses/iteration-1.jsonl"  # what was written can be read again, next to a model
