@@ -40,6 +40,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on busy CPUs, threads that wait must not keep others from working
 
+import jinja2
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -82,7 +83,8 @@ class Config:
     hybrid: bool = False  # fsdp: cut within a node, copies across nodes
     offload: bool = False  # fsdp: weights, gradients and optimizer wait in CPU memory
     resume: bool = False  # go on with the run in out_dir, as if it had never stopped
-    plan: bool = False  # print what a run would need in memory and time, load nothing
+    check: bool = False  # only look at the task: prompts, draws, lengths, tokens of the run; loads no weights
+    plan: bool = False  # only print what the run would need in memory and time; loads no weights
     gpus: int = 0  # --plan: how many; 0 = as many as there are processes
     gpu_memory: float = 80.0  # --plan: GB of each
     gpu_tflops: float = 300.0  # --plan: bfloat16 TFLOP/s that each reaches, about half of what its maker states
@@ -141,7 +143,7 @@ def need(ok, sentence):
 
 
 def parse(Config, argv, presets={}):
-    """`--name=value` flags -> Config. A preset's values replace the defaults, flags replace both."""
+    """`--name=value` flags -> Config; --name alone is True. A preset's values replace defaults, flags replace both."""
     kinds, given = typing.get_type_hints(Config), {}
     if "--help" in argv or "-h" in argv:
         for line in inspect.getsource(Config).splitlines():  # the dataclass is the help text
@@ -211,10 +213,24 @@ class Constitution:
         return Constitution(names, sides, texts, self.numbered)
 
 
-TASK_KEYS = dict(about="", sampling_prompt="", scoring_prompt="", response_prefix="", answer_after="", stop=[],
-                 drop_if_contains=[], first_must_end_with="", principles_per_constitution=2,
-                 first_always_positive=True, others="independent", numbered=True, principles="principles.json",
-                 train="train.jsonl", test="test.jsonl")
+def as_query(x):
+    """What a line gives as its query -> a text, or a list of messages {role, content} of a dialogue; else None."""
+    turns = [dict(role="user", content=x)] if isinstance(x, str) else x if isinstance(x, list) else []
+    fine = len(turns) % 2 and all(
+        isinstance(m, dict) and m.get("role") == role and isinstance(m.get("content"), str) and m["content"].strip()
+        for m, role in zip(turns, ["user", "assistant"] * len(turns)))
+    return None if not fine else turns if len(turns) > 1 else turns[0]["content"]  # one message is the same as a text
+
+
+def flat(x):
+    """A query as one text, by which it is shown and compared: a dialogue becomes lines such as "user: Hello"."""
+    return x if isinstance(x, str) else "\n".join(f"{m['role']}: {m['content']}" for m in x)
+
+
+TASK_KEYS = dict(about="", chat=False, sampling_prompt="", scoring_prompt="", response_prefix="", answer_after="",
+                 turns=["\n\nHuman: ", "\n\nAssistant: "], stop=[], drop_if_contains=[], first_must_end_with="",
+                 principles_per_constitution=2, first_always_positive=True, others="independent", numbered=True,
+                 principles="principles.json", train="train.jsonl", test="test.jsonl")
 
 
 class Task:
@@ -232,8 +248,12 @@ class Task:
         spec = {**TASK_KEYS, "scoring_prompt": spec.get("sampling_prompt", ""), **spec}
         need(spec["others"] in ("independent", "complement"), f"{path}: 'others' must be independent or complement")
         self.templates = {key: spec.pop(key) for key in ("sampling_prompt", "scoring_prompt")}
-        for key, slot in [(key, slot) for key in self.templates for slot in ("{query}", "{constitution}")]:
-            need(slot in self.templates[key], f"{path}: {key!r} has no {slot}; put it where the {slot[1:-1]} belongs")
+        need(len(spec["turns"]) == 2, f"{path}: 'turns' must be two texts, before what the user and the assistant say")
+        for key, template in self.templates.items():
+            for slot in ("{constitution}", *["{query}"] * (not spec["chat"])):
+                need(slot in template, f"{path}: {key!r} has no {slot}; put it where the {slot[1:-1]} belongs")
+            need(not spec["chat"] or "{query}" not in template, f"{path}: with 'chat', {key!r} is the system message "
+                 "and the query is the user's; remove {query}")
         self.__dict__.update(spec)
         self.principles, self.heldout = [], []  # lists of dicts: name, positive, negative, heldout
         path = self.folder / spec["principles"]
@@ -253,7 +273,7 @@ class Task:
         need(1 <= self.principles_per_constitution <= len(self.principles), f"{self.path}: "
              f"principles_per_constitution must lie between 1 and the {len(self.principles)} principles to train on")
         self.train, self.test = self.queries(spec["train"]), self.queries(spec["test"])
-        both = {q["query"] for q in self.train} & {q["query"] for q in self.test}
+        both = {flat(q["query"]) for q in self.train} & {flat(q["query"]) for q in self.test}
         need(not both, f"{self.folder}: {min(both, default='')[:60]!r} is in {spec['train']} and in {spec['test']}; "
              "remove it from one of them")
 
@@ -273,13 +293,14 @@ class Task:
         for i, line in enumerate(path.read_bytes().rstrip().split(b"\n"), 1):  # no splitlines(): texts may hold U+2028
             try:
                 row = json.loads(line)
-                text = row["query"].strip()
-            except (ValueError, KeyError, TypeError, AttributeError):
-                text = ""
-            need(text, f"{path} line {i} is not of the form {form}: {line[:60]!r}")
+                x = as_query(row["query"])
+            except (ValueError, KeyError, TypeError):
+                x = None
+            need(x, f"{path} line {i} is not of the form {form}, with a text or a list of messages {{role, content}} "
+                 f"of user and assistant in turn, the user first and last: {line[:60]!r}")
             need(row.get("focus") in (None, *(p["name"] for p in self.principles)),
                  f"{path} line {i}: focus must name a principle that is trained on, not {row.get('focus')!r}")
-            rows.append(dict(row, line=f"{path} line {i}"))
+            rows.append(dict(row, query=x, line=f"{path} line {i}"))
         need(rows, f"{path} holds no queries; write one {form} a line")
         return rows
 
@@ -312,14 +333,19 @@ class Task:
                 .shuffled(rng) for s in sides]
 
     def prompt(self, x, c):
-        """The text before a response when it is scored."""
+        """What comes before a response when it is scored: a text, or with "chat" a list of messages."""
         return self.fill("scoring_prompt", x, c)
 
     def sampling_prompt(self, x, c):
-        """The text before a response when it is sampled."""
+        """What comes before a response when it is sampled: a text, or with "chat" a list of messages."""
         return self.fill("sampling_prompt", x, c)
 
-    def fill(self, key, x, c):  # the query last, since it may itself hold the word {constitution}
+    def fill(self, key, x, c):
+        first, *more = [dict(role="user", content=x)] if isinstance(x, str) else x
+        if self.chat:
+            return [dict(role="system", content=self.templates[key].replace("{constitution}", str(c))), first, *more]
+        x = first["content"] + "".join(self.turns[m["role"] == "assistant"] + m["content"] for m in more)
+        # the query last, since it may itself hold the word {constitution}
         return x.join(part.replace("{constitution}", str(c)) for part in self.templates[key].split("{query}"))
 
     def clean(self, text):
@@ -551,10 +577,10 @@ def plan(cfg, task, steps):
     if cfg.model in SHAPES:
         from transformers import AutoConfig
         kind, values = SHAPES[cfg.model]
-        config, count = AutoConfig.for_model(kind, **values), lambda text: len(text) / 4  # letters in a token, about
+        config, count = AutoConfig.for_model(kind, **values), lambda prompt: len(flat(prompt)) / 4  # letters in a token, about
     else:
         config, tokenizer = load_tokenizer(cfg.model)
-        count = lambda text: len(encode(tokenizer, text)[0])
+        count = lambda prompt: len(encode(tokenizer, prompt)[0])
     model, text, gpus, room = empty_model(config), config.get_text_config(), cfg.gpus or WORLD, 0.95e9 * cfg.gpu_memory
     dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
     size, experts = weight_count([model]), sum(p.numel() for p in model.parameters() if p.ndim == 3)
@@ -599,16 +625,38 @@ def end_ids(model, tokenizer):
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
+def render(tokenizer, messages):
+    """Messages -> text, by the model's chat template, up to where its answer begins.
+
+    A template without a system role raises, or leaves the system text out; that then opens the user's first message.
+    Raises BadInput where there is no template, or none for these messages."""
+    need(tokenizer.chat_template, f"--model={tokenizer.name_or_path} has no chat template; choose a model that was "
+         "tuned on chats, or leave out --chat and the task's \"chat\"")
+    first, *rest = messages
+    joined = [dict(m, content=f"{first['content']}\n\n{m['content']}") for m in rest[:1]] + rest[1:]
+    for turns in filter(None, (messages, joined)):
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except jinja2.TemplateError:
+            continue
+        if first["content"].strip() in text:
+            return text
+    raise BadInput(f"--model={tokenizer.name_or_path}: its chat template cannot take these messages; choose another")
+
+
 def encode(tokenizer, prompt, prefix=""):
-    """Prompt -> ids, with the start token that the model was trained with and no end token; then ids of `prefix`.
+    """Prompt, a text or messages -> ids, with the start token that the model was trained with and no end token; then
+    ids of `prefix`. Raises BadInput like render.
 
     The prefix (the forced opening of a response) is tokenised behind the prompt where that leaves the prompt's own ids
     as they are, for sentencepiece treats the first space of a text apart.
     """
-    ids = tokenizer(prompt).input_ids
-    if ids[-1:] == [tokenizer.eos_token_id] != [tokenizer.bos_token_id]:
+    plain = isinstance(prompt, str)  # a chat template brings its own start token
+    prompt = prompt if plain else render(tokenizer, prompt)
+    ids = tokenizer(prompt, add_special_tokens=plain).input_ids
+    if plain and ids[-1:] == [tokenizer.eos_token_id] != [tokenizer.bos_token_id]:
         ids = ids[:-1]
-    both = tokenizer(prompt + prefix).input_ids if prefix else ids
+    both = tokenizer(prompt + prefix, add_special_tokens=plain).input_ids if prefix else ids
     return ids, both[len(ids):] if both[:len(ids)] == ids else tokenizer(prefix, add_special_tokens=False).input_ids
 
 
@@ -1251,15 +1299,44 @@ def new_out_dir(out_dir):
 
 
 def check_lengths(task, config, tokenizer, cfg):
-    """Meet a prompt that is too long before any weights load."""
+    """Meet a prompt that is too long before any weights load. -> tokens of the longest prompt, and the context."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     texts = sorted((max(p["positive"] + p["negative"], key=len) for p in task.principles), key=len)
     c = Constitution((), (), texts[-task.principles_per_constitution:], task.numbered)
-    for q in sorted(task.train + task.test, key=lambda q: -len(q["query"]))[:20]:
-        length = max(len(sum(encode(tokenizer, f(q["query"], c), task.response_prefix), []))
-                     for f in (task.prompt, task.sampling_prompt))
-        need(length + cfg.max_new_tokens <= limit, f"{q['line']}: its prompt has up to {length} tokens, which with "
-             f"--max_new_tokens={cfg.max_new_tokens} is more than the model's context of {limit}; shorten the query")
+    lengths = {max(len(sum(encode(tokenizer, f(q["query"], c), task.response_prefix), []))
+                   for f in (task.prompt, task.sampling_prompt)): q["line"]
+               for q in sorted(task.train + task.test, key=lambda q: -len(flat(q["query"])))[:20]}
+    longest = max(lengths)
+    need(longest + cfg.max_new_tokens <= limit, f"{lengths[longest]}: its prompt has up to {longest} tokens, which "
+         f"with --max_new_tokens={cfg.max_new_tokens} is more than the model's context of {limit}; shorten the query")
+    return longest, limit
+
+
+def check_task(task, tokenizer, cfg, steps, longest, limit):
+    """Print what a run would read and cost. steps: of each iteration; longest prompt and limit of context: tokens."""
+    some = list(enumerate(task.train))[::len(task.train) // 500 + 1]  # enough for a mean
+    drawn = [task.draw(rng(cfg.seed, 1, i, DRAW), cfg.n, q.get("focus")) for i, q in some]
+    sampling, scoring = ([encode(tokenizer, f(q["query"], cs[0]), prefix) for (_, q), cs in zip(some, drawn)]
+                         for f, prefix in ((task.sampling_prompt, task.response_prefix), (task.prompt, "")))
+    for name, prompts in dict(sampling=sampling, scoring=scoring).items():
+        print(f"--- a {name} prompt, as the model reads it (mean of {len(some)} training queries: "
+              f"{np.mean([len(p + y) for p, y in prompts]):.0f} tokens)\n{tokenizer.decode(sum(prompts[0], []))}")
+    print(f"--- the {cfg.n} constitutions of this query")
+    for j, c in enumerate(drawn[0], 1):
+        print(f"c_{j}: {', '.join('not ' * (not side) + name for name, side in zip(c.names, c.sides))}\n{c}")
+    words = dict(answer_after="a response starts behind", stop="a response ends before any of",
+                 drop_if_contains="a query is dropped if a response contains any of",
+                 first_must_end_with="a query is dropped unless its first response ends with")
+    print("--- a query is dropped if a response is empty or two are the same",
+          *[f"{words[key]} {value!r}" for key in words if (value := getattr(task, key))], sep="\n")
+    print(f"--- the longest prompt has {longest} tokens; it and --max_new_tokens fit the model's context of {limit}")
+    total, y = min(cfg.max_queries or math.inf, len(task.train)), len(sampling[0][1]) + cfg.max_new_tokens
+    train = sum(min(k * cfg.batch_size, len(range(i % 2, total, 2))) for i, k in enumerate(steps))  # of one half each
+    held = (cfg.iterations + 1) * min(cfg.eval_queries, len(task.test))
+    rows = (train + held) * cfg.n  # prompts, each scored with n responses behind it
+    print(f"--- a run samples for {train:,} queries to train on (more if some are dropped) and {held:,} held-out ones: "
+          f"{rows:,} responses,\nat most {rows * cfg.max_new_tokens:,} tokens; it scores about "
+          f"{rows * (np.mean([len(p) for p, _ in scoring]) + cfg.n * y):,.0f} tokens if they are all so long")
 
 
 def git_commit():
@@ -1276,7 +1353,8 @@ def show(held, iteration):
     say(f"{f'iteration {iteration}' if iteration else 'base'}, held out: infonce {number('infonce')} of at most "
         f"{held['infonce_cap']:.3f} nats | accuracy row {number('row_accuracy')}, col {number('col_accuracy')}")
     e = held["examples"][0]
-    say(f"  x: {e['query'][:100]}\n  logp" + "".join(f"{f'y_{j + 1}':>8}" for j in range(len(e["logp"]))))
+    say(f"  x: {' '.join(flat(e['query']).split())[:100]}\n  logp"
+        + "".join(f"{f'y_{j + 1}':>8}" for j in range(len(e["logp"]))))
     for i, (row, c) in enumerate(zip(e["logp"].tolist(), e["constitutions"])):
         say(f"   c_{i + 1}" + "".join(f"{value:8.3f}" for value in row) + f"   {' '.join(c.split())[:80]}")
     for j in range(2):
@@ -1290,6 +1368,8 @@ def main(argv):
          f"--seeds={cfg.seeds}: give different whole numbers such as 1,2,3")
     if cfg.plan:
         return plan(cfg, load_task(cfg.task), check(cfg))
+    if cfg.check:
+        return sami(cfg)
     if not seeds:
         sami(cfg)
     for s in seeds:
@@ -1306,7 +1386,9 @@ def sami(cfg):
          f"queries: {cfg.task} or --max_queries leaves one query, give at least two")
     device, dtype = pick_device(cfg)
     config, tokenizer = load_tokenizer(cfg.model)
-    check_lengths(task, config, tokenizer, cfg)
+    longest, limit = check_lengths(task, config, tokenizer, cfg)
+    if cfg.check:
+        return check_task(task, tokenizer, cfg, steps, longest, limit)
     out_dir = Path(cfg.out_dir)
     need(not out_dir.is_file(), f"--out_dir={out_dir} is a file; name a folder")
     need(out_dir.resolve() not in Path(cfg.model).resolve().parents,
@@ -1380,7 +1462,7 @@ def sami(cfg):
         if not usable:
             raise RunFailed(f"all samples of iteration {iteration} were filtered out, {path} says why; loosen the "
                             f"filters of {task.path}, or raise --temperature or --max_new_tokens")
-        if len(usable) < wanted:
+        if math.ceil(len(usable) / cfg.batch_size) < steps[iteration - 1]:
             steps[iteration - 1] = math.ceil(len(usable) / cfg.batch_size)
             say(f"too few usable queries for more than {steps[iteration - 1]} steps")
         if cfg.restart and iteration > 1:

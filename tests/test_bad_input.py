@@ -49,6 +49,7 @@ def space(good, tmp_path):
     ("--lr=fast", ["--lr=fast", "number"]),
     ("--n=2.5", ["--n=2.5", "whole number"]),
     ("--restart=maybe", ["--restart=maybe", "True or False"]),
+    ("--check=", ["--check=", "True or False"]),
     ("--preset=nope", ["nope", "hh-mistral-7b"]),
     ("--optimizer=sgd", ["--optimizer=sgd", "rmsprop"]),
     ("--contrast=none", ["--contrast=none", "two-sided"]),
@@ -80,6 +81,11 @@ def test_a_preset_gives_values_and_flags_override_them():
     assert (cfg.lr, cfg.batch_size, cfg.n, cfg.optimizer, cfg.beta, cfg.restart) == (1e-6, 128, 2, "rmsprop", 0, False)
     for name in sami.PRESETS:
         sami.check(sami.parse(sami.Config, [f"--preset={name}"], sami.PRESETS))
+
+
+def test_a_flag_that_is_true_or_false_needs_no_value():
+    cfg = sami.parse(sami.Config, ["--check", "--restart=false"])
+    assert cfg.check is True and cfg.restart is False and sami.Config().check is False
 
 
 def test_help_lists_every_flag(capsys):

@@ -1,5 +1,6 @@
-"""What the README says is true: its commands, flags, links and counts, and that a task of your own needs no code."""
-import ast, json, re, shlex, shutil
+"""What the README says is true: its commands (those marked CPU are run), flags, links, counts, tables, its own task."""
+import ast, json, os, re, shlex, shutil, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from transformers import AutoTokenizer
@@ -15,6 +16,17 @@ CONFIGS = {"sami.py": sami.Config, "evaluate.py": evaluate.Config, "generate.py"
 def commands(block):
     """The words of each command in a block: one a line, or several with && between."""
     return [shlex.split(part, comments=True) for line in block.splitlines() for part in line.split("&&")]
+
+
+def write_recipes(folder):
+    """The README's task, into data/ of `folder`: a copied task, with the files that the README shows in it."""
+    source, target = re.search(r"`cp -r (\S+) (\S+)`", TEXT).groups()
+    shutil.copytree(ROOT / source, folder / target)
+    shown = dict(re.findall(rf"`({target}/[\w.]+)`[^\n]*\n(?:[^\n]+\n)*\n```\w+\n(.*?)^```", TEXT, re.M | re.S))
+    assert [name[len(target):] for name in shown] == ["/task.json", "/principles.json", "/train.jsonl", "/rules.py"]
+    shown[f"{target}/test.jsonl"] = '{"query": "What is for lunch?"}\n{"query": "What goes with bread?"}\n'
+    for name, text in shown.items():
+        (folder / name).write_text(text)
 
 
 PYTHON = [words for block in BLOCKS for words in commands(block) if words and words[0] in ("python", "torchrun")]
@@ -35,7 +47,8 @@ def test_a_command_names_files_and_flags_that_exist(words):
             sami.parse(CONFIGS[script], flags)
     else:
         cfg = sami.parse(CONFIGS[script], flags, sami.PRESETS)
-        assert getattr(cfg, "task", "") in ("", *(f"data/{p.name}" for p in (ROOT / "data").iterdir()))
+        made = re.findall(r"`cp -r \S+ (\S+)`", TEXT)
+        assert getattr(cfg, "task", "") in ("", *made, *(f"data/{p.name}" for p in (ROOT / "data").iterdir()))
         assert script != "sami.py" or sami.check(cfg)
 
 
@@ -53,7 +66,7 @@ def test_every_flag_in_the_text_exists():
 
 
 def test_the_papers_presets_are_all_listed():
-    listed = set(re.findall(r"^\| `([\w-]+)` \|", TEXT, re.M))
+    listed = set(re.findall(r"^\| `(\w+-[\w-]+)` \|", TEXT, re.M))
     assert listed == {name for name, values in sami.PRESETS.items() if values.items() >= {("lr", 5e-7)}}
 
 
@@ -93,25 +106,62 @@ def test_two_commands_are_all_a_newcomer_needs():
     assert all((ROOT / path).is_dir() for path in (cfg.task, cfg.model)) and cfg.out_dir == evaluate.Config().out_dir
 
 
+SHORT = {"sami.py": "--iterations=1 --steps=1 --batch_size=2 --eval_queries=2 --max_new_tokens=4".split(),
+         "evaluate.py": "--queries=4 --max_new_tokens=4".split()}
+
+
+def test_what_is_marked_cpu_runs_on_a_cpu(tmp_path):
+    """In a copy of the repository, each command with its size made small; blocks side by side."""
+    hidden = shutil.ignore_patterns(".*", "__pycache__", "out*", "official", "download")
+    for name in ("sami.py", "evaluate.py", "generate.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "data", tmp_path / "data", ignore=hidden)
+    write_recipes(tmp_path)
+    starts = dict(python=[sys.executable], torchrun=[sys.executable, "-m", "torch.distributed.run", "--standalone"])
+    marked = [[words for line in block.splitlines() if "# CPU" in line for words in commands(line)
+               if words[0] in starts] for block in BLOCKS]
+    assert [len(block) for block in marked if block] == [2, 3], "the first block, and that of a task of one's own"
+
+    def run(block):
+        for program, script, *flags in block:
+            done = subprocess.run([*starts[program], script, *flags, *SHORT[script]], cwd=tmp_path, text=True,
+                                  capture_output=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+            assert done.returncode == 0, (script, flags, done.stdout, done.stderr)
+            yield done.stdout
+
+    with ThreadPoolExecutor(2) as pool:
+        (run1, look1), (checked, run2, look2) = pool.map(list, map(run, filter(None, marked)))
+    assert "--- a run samples for" in checked and "done in" in run1 and "done in" in run2
+    for out, look in (("out", look1), ("out-recipes", look2)):
+        results = json.loads((tmp_path / out / "results.json").read_text())
+        assert results["judge"] == "rules" and 0 <= results["models"]["iteration-1"]["adherence"] <= 1
+        assert "adherence" in look and (tmp_path / out / "report.md").is_file()
+
+
+def shown(value):
+    return f"{value:g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
+
+
+def test_the_table_of_the_papers_settings_tells_what_a_preset_sets():
+    rows = dict(re.findall(r"^\| `(\w+)`.*\|([^|]*)\|$", TEXT, re.M))  # setting: what it is here
+    for name in (name for name, values in sami.PRESETS.items() if values.get("lr") == 5e-7):
+        assert {*sami.PRESETS[name]} <= {*rows, "task", "model"}
+        cfg = sami.parse(sami.Config, [f"--preset={name}"], sami.PRESETS)
+        assert cfg.model.split("/")[1] in re.search(rf"^\| `{name}` \|.*$", TEXT, re.M).group()
+        for key in rows.keys() & sami.Config.__annotations__.keys():
+            assert shown(getattr(cfg, key)) in rows[key], (name, key)
+
+
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """A copy of data/tldr with three files edited, a tiny model, and what a short run on them leaves."""
+    """The README's task without rules, a tiny model, and what a short run on them leaves."""
     path = tmp_path_factory.mktemp("own")
-    shutil.copytree(ROOT / "data/tldr", path / "recipes")
-    spec = json.loads((path / "recipes/task.json").read_text())
-    prompt = "A cook answers and keeps to these rules:\n{constitution}\n\nQuestion: {query}\n\nAnswer:"
-    spec.update(about="Recipes.", sampling_prompt=prompt, scoring_prompt=prompt, response_prefix="", stop=["Question:"],
-                drop_if_contains=["rules"], first_must_end_with="")
-    (path / "recipes/task.json").write_text(json.dumps(spec))
-    (path / "recipes/principles.json").write_text(json.dumps([
-        dict(name="cheap", positive="Use what is cheap.", negative="Use what is dear."),
-        dict(name="quick", positive="Be quick.", negative="Take all day.", heldout=False)]))
-    (path / "recipes/train.jsonl").write_text("".join(
-        json.dumps(dict(query=f"What can I make of {thing}?")) + "\n" for thing in ("rice", "leeks", "eggs", "figs")))
+    write_recipes(path)
+    (path / "data/recipes/rules.py").unlink()
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/toy/base")  # of bytes at the least, so it reads anything
     model = tiny.model(vocab_size=len(tokenizer), max_position_embeddings=2048, eos_token_id=tokenizer.eos_token_id)
     model.save_pretrained(path / "base"), tokenizer.save_pretrained(path / "base")
-    code, _, err = tiny.command(f"--task={path}/recipes", f"--model={path}/base", f"--out_dir={path}/out", "--n=2",
+    code, _, err = tiny.command(f"--task={path}/data/recipes", f"--model={path}/base", f"--out_dir={path}/out", "--n=2",
                                 "--iterations=1", "--steps=1", "--batch_size=2", "--max_new_tokens=8", "--device=cpu",
                                 "--eval_queries=2")
     assert code == 0, err
@@ -120,8 +170,8 @@ def own(tmp_path_factory):
 
 def test_a_task_of_ones_own_needs_no_code(own):
     rows = [json.loads(line) for line in open(own / "out/samples/iteration-1.jsonl")]
-    assert rows and all(row["query"].startswith("What can I make of") for row in rows)
-    said = {"Use what is cheap.", "Use what is dear.", "Be quick.", "Take all day."}
+    assert rows and all(row["query"][-1] in "?." and "POST" not in row["query"] for row in rows)
+    said = {"Use cheap food.", "Use costly food.", "Be done in ten minutes.", "Take all day."}
     assert {line[3:] for row in rows for c in row["constitutions"] for line in c.splitlines()} <= said
     assert (own / "out/iteration-1/model.safetensors").is_file()
 
@@ -130,12 +180,12 @@ def test_a_task_of_ones_own_needs_no_code(own):
 def test_and_a_model_judges_it(own, models, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "picture", lambda *_: None)  # slow, and looked at elsewhere
     out = own / "compared" if models else own / "out"
-    flags = [f"--models=base={own}/base,mine={own}/out/iteration-1", f"--task={own}/recipes", "--max_new_tokens=8",
+    flags = [f"--models=base={own}/base,mine={own}/out/iteration-1", f"--task={own}/data/recipes", "--max_new_tokens=8",
              "--sample_gb=0.1"] if models else []
     evaluate.main([f"--out_dir={out}", f"--judge=model:{own}/base", "--queries=2", "--device=cpu", *flags])
     results = json.loads((out / "results.json").read_text())
     mine = results["models"]["mine" if models else "iteration-1"]
-    assert results["task"] == f"{own}/recipes" and 0 <= mine["win_rate"] <= 1 and mine["adherence"] is None
+    assert results["task"] == f"{own}/data/recipes" and 0 <= mine["win_rate"] <= 1 and mine["adherence"] is None
     assert "win rate" in capsys.readouterr().out and (out / "report.md").is_file()
 
 

@@ -1,4 +1,4 @@
-"""A task is a folder: how constitutions are drawn from its principles, prompts filled, responses cut and dropped."""
+"""A task is a folder: how constitutions are drawn, prompts filled, responses cut and dropped; --check shows it all."""
 from collections import Counter
 
 import numpy as np
@@ -140,3 +140,61 @@ def test_queries_may_hold_any_character_a_line_of_json_may(tmp_path):
     tiny.folder(tmp_path)
     (tmp_path / "task/train.jsonl").write_text('{"query": "a\u2028b \u0085 c"}\n{"query": "é"}\n', encoding="utf-8")
     assert [q["query"] for q in sami.load_task(tmp_path / "task").train] == ["a\u2028b \u0085 c", "é"]
+
+
+@pytest.fixture
+def check(tmp_path):
+    """What --check prints for a task whose model folder has no weights."""
+    def run(*more, template=None, **keys):
+        flags = tiny.folder(tmp_path, **keys)
+        (tmp_path / "base/model.safetensors").unlink()
+        if template:
+            (tokenizer := tiny.tokenizer()).chat_template = template
+            tokenizer.save_pretrained(tmp_path / "base")
+        code, printed, err = tiny.command(*flags, "--check", *more)
+        assert code == 0 and not err and not (tmp_path / "out").exists(), err
+        return printed
+    return run
+
+
+def test_check_shows_prompts_draws_and_filters(check, tmp_path):
+    printed = check("--n=3", response_prefix=" So", scoring_prompt="{constitution}, {query}:", stop=["\n", "Q:"],
+                    drop_if_contains=["sorry"], first_must_end_with=".", answer_after="Hence")
+    task = sami.load_task(tmp_path / "task")
+    cs = task.draw(sami.rng(1, 1, 0, sami.DRAW), 3)  # what seed 1, iteration 1 draws for query 0
+    sampling, scoring, draws, rules = printed.split("--- ")[1:5]
+    assert sampling.startswith("a sampling prompt") and f"tokens)\n{cs[0]}\nQ: train a\nA: So\n" in sampling
+    assert scoring.startswith("a scoring prompt") and f"tokens)\n{cs[0]}, train a:\n" in scoring
+    assert draws.startswith("the 3 constitutions of this query\n")
+    for j, c in enumerate(cs, 1):
+        names = [name if side else f"not {name}" for name, side in zip(c.names, c.sides)]
+        assert f"c_{j}: {', '.join(names)}\n{c}\n" in draws
+    for line in ("a response starts behind 'Hence'", "a response ends before any of ['\\n', 'Q:']",
+                 "a query is dropped if a response contains any of ['sorry']",
+                 "a query is dropped unless its first response ends with '.'"):
+        assert line + "\n" in rules
+
+
+@pytest.mark.parametrize("flags, numbers", [
+    # a prompt has 15 letters of constitution, 7 of query, 7 of template: 29 tokens; 2 * (29 + 2 * 8) = 90 a query
+    ([], (8, 0, 16, 128, 720)),  # 2 steps of 4 queries
+    (["--eval_queries=3"], (8, 6, 28, 224, 1260)),  # before and after the iteration
+    (["--iterations=3", "--steps=2,4,9"], (8 + 16 + 20, 0, 88, 704, 3960)),  # a half has no more than 20
+    (["--max_queries=5", "--iterations=2", "--steps=1"], (3 + 2, 0, 10, 80, 450))])
+def test_check_tells_what_a_run_costs(check, flags, numbers):
+    printed = check(*flags)
+    train, held, rows, sampled, scored = numbers
+    assert (f"samples for {train} queries to train on (more if some are dropped) and {held} held-out ones: {rows} "
+            f"responses,\nat most {sampled} tokens; it scores about {scored:,} tokens if") in printed
+    assert printed.count("mean of 40 training queries: 29 tokens") == 2
+    assert "the longest prompt has 29 tokens; it and --max_new_tokens fit the model's context of 256\n" in printed
+
+
+def test_check_shows_what_a_chat_model_reads(check):
+    template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}a:"
+    printed = check(template=template, chat=True, sampling_prompt="Keep to this: {constitution}")
+    assert "<eos>system: Keep to this: 1. " in printed and "\nuser: train a\na:\n" in printed
+
+
+def test_a_run_of_several_seeds_is_checked_once(check):
+    assert check("--seeds=1,2").count("--- a run samples") == 1
