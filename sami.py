@@ -33,8 +33,8 @@ Where this file departs from the paper (P) and from the authors' code (A):
  6. beta weighs a KL estimate on response tokens, 0 in the paper's presets (A: prompt and padding counted too)
  7. data order, draws and noise are functions of (seed, iteration, query): a run can be repeated exactly
 """
-import contextlib, dataclasses, functools, hashlib, importlib.metadata, inspect, itertools, json, math, os, shlex, shutil
-import signal, subprocess, sys, threading, time, types, typing, warnings
+import contextlib, dataclasses, functools, hashlib, importlib.metadata, inspect, itertools, json, math, os, shlex
+import shutil, signal, subprocess, sys, threading, time, types, typing, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,8 +155,8 @@ def parse(Config, argv, presets={}):
     for arg in argv:
         name, eq, text = arg.removeprefix("--").partition("=")
         need(arg.startswith("--") and name in kinds, f"unknown flag {arg!r}; --help lists the flags")
-        text = text if eq or kinds[name] is not bool else "true"  # --resume
-        need(text, f"flag --{name} needs a value: --{name}=...")
+        need(eq or kinds[name] is bool, f"flag --{name} needs a value: --{name}=...")
+        text = text if eq else "True"
         try:
             given[name] = dict(true=True, false=False)[text.lower()] if kinds[name] is bool else kinds[name](text)
         except (ValueError, KeyError):
@@ -556,6 +556,7 @@ def memory(cfg, model, dtype, parts):
     a, b = (37, 16) if not half else (35, 8.5) if parts == 1 else (23, 8.2)
     layer, between = a * text.hidden_size + b * wide, (2 if half and parts > 1 else 4) * text.hidden_size
     kept = len(layers) * between + layer if cfg.checkpointing else len(layers) * layer
+    kept += (2 if half else 4) * (2 * text.hidden_size + 3 * wide)  # gradients within the layer that backward is in
     # a bfloat16 copy of all; or two layers and what is outside of layers, with their gradients
     together = 2 * weight_count(layers[:1]) + size - weight_count(layers)
     return {"weights": 4 * size / parts, "gradients": 4 * size / parts,
@@ -574,10 +575,10 @@ def pick_parallel(cfg, config, device, dtype):
 
 def plan(cfg, task, steps):
     """Print what a run needs on each GPU and about how long it takes. Arithmetic: loads no weights, needs no GPU."""
-    if cfg.model in SHAPES:
+    if cfg.model in SHAPES:  # no tokenizer without a download: a token has about four letters
         from transformers import AutoConfig
         kind, values = SHAPES[cfg.model]
-        config, count = AutoConfig.for_model(kind, **values), lambda prompt: len(flat(prompt)) / 4  # letters in a token, about
+        config, count = AutoConfig.for_model(kind, **values), lambda prompt: len(flat(prompt)) / 4
     else:
         config, tokenizer = load_tokenizer(cfg.model)
         count = lambda prompt: len(encode(tokenizer, prompt)[0])
@@ -594,8 +595,8 @@ def plan(cfg, task, steps):
         print(f"  {name:<20}" + "".join(f"{w.get(name, sum(w.values())) / 1e9:8.1f}" for w in ways.values()))
     way = next((way for way, parts in ways.items() if sum(parts.values()) < room), None)
     enough = next((g for g in range(2, 1025) if sum(memory(cfg, model, dtype, g).values()) < room), None)
-    print("fits" + f", as {way}" * (gpus > 1) if way else "does not fit; " + (f"{enough} such GPUs would do" if enough else "no number of such "
-          "GPUs would do: lower --tokens_per_pass" + ", or add --checkpointing" * (not cfg.checkpointing)))
+    print("fits" + f", as {way}" * (gpus > 1) if way else f"does not fit; {enough or 'no number of'} such GPUs would do"
+          + (": lower --tokens_per_pass" + ", or add --checkpointing" * (not cfg.checkpointing)) * (not enough))
 
     kv = 2 * len(blocks(model)) * text.hidden_size * dtype.itemsize  # bytes of keys and values of a token
     kv *= (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) / text.num_attention_heads
@@ -605,8 +606,8 @@ def plan(cfg, task, steps):
     left = room - 4 * size / (1 if way == "ddp" else gpus)
     whole = left > 2 * size * dtype.itemsize  # the weights that sampling computes with, and as much for what it keeps
     batch = int((left - size * dtype.itemsize * whole) / 2 / kv / (sampled + cfg.max_new_tokens))
-    print(f"sampling: {kv / 1e3:.3g} kB of keys and values a token, up to {max(0, batch)} responses side by side on a GPU, "
-          f"weights {'whole' if whole else 'cut, all processes in step'}")
+    print(f"sampling: {kv / 1e3:.3g} kB of keys and values a token, up to {max(0, batch)} responses side by side on "
+          f"each GPU, weights {'whole' if whole else 'cut, all processes in step'}")
     for iteration, count in enumerate(steps, 1):
         responses = count * cfg.batch_size * cfg.n
         trained = responses * (scored + cfg.n * cfg.max_new_tokens)
@@ -1011,8 +1012,8 @@ def sample_queries(model, tokenizer, task, queries, cfg, iteration, temperature,
 
 
 def collect(model, tokenizer, task, cfg, iteration, wanted, examples=(), keep=lambda examples: None):
-    """Sample this iteration's half of the training queries until `wanted` pass the filters, or all are sampled; `examples`
-    are those there are, and keep(examples) is called after every cfg.save_every batches."""
+    """Sample this iteration's half of the training queries until `wanted` pass the filters, or all are sampled.
+    `examples` are those there are; keep(examples) is called after every cfg.save_every batches."""
     total = min(cfg.max_queries or len(task.train), len(task.train))
     half = np.arange((iteration - 1) % 2, total, 2)  # not the half that the sampling model was trained on
     todo, examples = rng(cfg.seed, iteration).permutation(half).tolist()[len(examples):], list(examples)
@@ -1070,8 +1071,8 @@ def measures(logp):
 
 
 def train(model, examples, steps, cfg, device, dtype, report, state=None):
-    """Train `model` in place: `steps` steps of cfg.batch_size examples, in order. report(step, numbers, optimizer) after
-    each. state: (steps that were done, folder of their weights and optimizer)."""
+    """Train `model` in place: `steps` steps of cfg.batch_size examples, in order. report(step, numbers, optimizer)
+    after each. state: (steps that were done, folder of their weights and optimizer)."""
     if is_sharded(model):
         model.reshard()  # scoring leaves what is outside of the layers together, and those are not the weights to train
     params = [p for p in model.parameters() if p.requires_grad]
@@ -1101,7 +1102,7 @@ def train(model, examples, steps, cfg, device, dtype, report, state=None):
                     logged[name] = logged.get(name, 0) + float(value.detach()) * weight / len(batch)
                 tokens += weight * (sum(map(len, e["prompts"])) + cfg.n * sum(map(len, e["ids"])))
             (objective * (WORLD if is_sharded(model) else 1)).backward()  # FSDP's mean over processes -> their sum
-        for p in params if WORLD > 1 and not is_sharded(model) else []:  # what DDP does in each backward pass, once a step
+        for p in params if WORLD > 1 and not is_sharded(model) else []:  # as DDP does, but once a step and not a pass
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
         *values, tokens = total([*logged.values(), tokens])
@@ -1228,8 +1229,8 @@ def weights_and_optimizer(model, optimizer):
 
 
 def save_state(folder, state, samples, model=None, optimizer=None):
-    """Where a run stands: state.json, the samples of its iteration and, after a step, each process's part of weights and
-    optimizer. The last two are kept."""
+    """Where a run stands: state.json, the samples of its iteration and, after a step, each process's part of weights
+    and optimizer. The last two are kept."""
     import torch.distributed.checkpoint as dcp
     there = sorted(folder.glob("*[0-9]"))
     with new_folder(folder / f"{int(there[-1].name) + 1 if there else 1:06}") as tmp:
@@ -1256,8 +1257,8 @@ FREE = ("resume", "save_every", "parallel", "hybrid", "offload", "checkpointing"
 
 
 def find_state(cfg, about):
-    """Where --resume goes on: the newest state that is whole, with its folder; else the beginning. BadInput where it could
-    not be the same run."""
+    """Where --resume goes on: the newest state that is whole, with its folder; else the beginning. Raises BadInput
+    where it could not be the same run."""
     out_dir, path = Path(cfg.out_dir), Path(cfg.out_dir) / "sami.json"
     beginning = dict(iteration=1, step=0, log=[], folder=None)
     if not (cfg.resume and path.exists()):
@@ -1268,10 +1269,10 @@ def find_state(cfg, about):
         raise BadInput(f"{path} is damaged; start again without --resume")
     for name, value in about["config"].items():
         old = before["config"].get(name, value)
-        need(name in FREE or old == value, f"the run in {out_dir} has --{name}={old}, not {value}: resume it with its own "
-             "flags, or start a new one without --resume")
-    need(before["task_sha256"] == about["task_sha256"], f"{cfg.task} has changed since the run in {out_dir} began: put it "
-         "back, or start a new run without --resume")
+        need(name in FREE or old == value, f"the run in {out_dir} has --{name}={old}, not {value}: resume it with its "
+             "own flags, or start a new one without --resume")
+    need(before["task_sha256"] == about["task_sha256"], f"{cfg.task} has changed since the run in {out_dir} began: put "
+         "it back, or start a new run without --resume")
     states = sorted((out_dir / "state").glob("*[0-9]"), reverse=True)
     whole = next((folder for folder in states if is_whole(folder)), None)
     need(whole or not states, f"no state in {out_dir / 'state'} is whole; start again without --resume")
@@ -1284,8 +1285,8 @@ def find_state(cfg, about):
             shutil.rmtree(damaged)
     state = dict(json.loads((whole / "state.json").read_text()), folder=whole)
     last = out_dir / f"iteration-{state['iteration'] - 1}"
-    need(state["iteration"] == 1 or is_whole(last), f"{last} is damaged, and the next iteration begins with it; start again "
-         "without --resume")
+    need(state["iteration"] == 1 or is_whole(last), f"{last} is damaged, and the next iteration begins with it; start "
+         "again without --resume")
     return state
 
 

@@ -12,6 +12,7 @@ generate().
 """
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -154,6 +155,35 @@ SAMPLERS = {
 }
 
 
+# ------------------------------------------------------------------------------------------------------ --plan, held to
+
+PLAN = dict(batch_size=8, n=2, tokens_per_pass=4096, beta=0.0, lr=1e-4)
+
+
+def plan_model():
+    """About 38M parameters."""
+    return LlamaConfig(vocab_size=10_000, hidden_size=512, intermediate_size=1792, num_hidden_layers=8,
+                       num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=2048)
+
+
+def plan_step(which):
+    """Load a model and train it two steps, as sami.py does; which: plain or checkpointing."""
+    cfg = sami.Config(**PLAN, checkpointing=which == "checkpointing")
+    examples = [dict(prompts=random_ids(2, 382, seed=i), ids=random_ids(2, 65, seed=i)) for i in range(16)]
+
+    def step():
+        model = LlamaForCausalLM(plan_model()).to(DEVICE).eval()
+        model.can_share = {True: True}
+        sami.train(model, examples, 2, cfg, torch.device(DEVICE), torch.float32, lambda *_: None)
+    return step
+
+
+def planned(which):
+    """Bytes that --plan foretells of it."""
+    cfg = sami.Config(**PLAN, checkpointing=which == "checkpointing")
+    return sum(sami.memory(cfg, sami.empty_model(plan_model()), torch.float32, 1).values())
+
+
 # ------------------------------------------------------------------------------------------------------------- measure
 
 
@@ -174,12 +204,14 @@ def in_turn(steps, rounds):
 
 def build(name):
     kind, which, n = (name.split(":") + ["0"])[:3]
-    return head_step(which) if kind == "head" else matrix_step(which, int(n))
+    return dict(head=head_step, plan=plan_step).get(kind, lambda which: matrix_step(which, int(n)))(which)
 
 
 def peak(name):
     """Peak extra memory of one step, in bytes, measured in a fresh process."""
-    out = subprocess.run([sys.executable, __file__, f"--peak={name}"], capture_output=True, text=True, check=True)
+    env = dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536")  # what is freed goes back at once and is not counted
+    command = [sys.executable, __file__, f"--peak={name}"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     return int(out.stdout.split()[-1])
 
 
@@ -237,6 +269,9 @@ def main(argv):
             speed = {k: tokens[k] / s[k] for k in s}
             row(f"sampler, {name}: tokens/s against generate()", speed["ours"] / speed["generate"], f">= {goal}")
             row(f"sampler, {name}: tokens/s", speed["ours"], "none", "/s")
+    for which in ("plain", "checkpointing") if wanted("plan") else ():
+        measured = peak(f"plan:{which}")
+        row(f"plan, {which}: planned against measured peak memory", planned(which) / measured, "0.9 to 1.1")
     sami.write(Path(cfg.out), json.dumps(dict(device=DEVICE, torch=torch.__version__, rows=rows), indent=1))
 
 

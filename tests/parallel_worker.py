@@ -8,7 +8,7 @@ import sami, tiny
 
 
 def case(folder, out, parallel="none", lock_step=False, node=0, dtype="float32", given="", **flags):
-    """Sample, train two steps, measure, save -> what one process saw. node: GPUs of a pretended node; given: samples."""
+    """Sample, train two steps, measure, save -> what a process saw. node: GPUs of a pretended node; given: samples."""
     how = torch.device("cpu"), getattr(torch, dtype)
     cfg = sami.Config(**{**dict(n=3, batch_size=5, temperature=0.0, max_new_tokens=8, lr=3e-4, tokens_per_pass=200,
                                 eval_queries=5, seed=3, hybrid=node > 0), **flags})

@@ -196,9 +196,10 @@ def test_too_few_queries_for_two_halves(space):
     space.refused("quer", flags=["--max_queries=1", "--iterations=2"])
 
 
-def test_a_folder_that_is_no_model(space):
+def test_a_folder_that_is_no_model(space, monkeypatch):
     space.refused(f"--model={space.path}/task", "config.json", flags=[f"--model={space.path}/task"])
     space.refused(f"--model={space.path}/nope", flags=[f"--model={space.path}/nope"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for a network
     space.refused("no_such_model", flags=["--model=no_such_model"])
 
 

@@ -58,8 +58,8 @@ def launch(processes, *arguments, **how):
     """torchrun on this machine. Behind -- it does not take --n=2 for a flag of its own."""
     here = os.path.dirname(__file__)
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([os.path.dirname(here), here]), OMP_NUM_THREADS="1")
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           f"--nproc_per_node={processes}", "--", *arguments], env=env, capture_output=True, text=True, **how)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
+    return subprocess.run([*torchrun, *arguments], env=env, capture_output=True, text=True, **how)
 
 
 @pytest.fixture(scope="module")
