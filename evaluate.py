@@ -770,6 +770,7 @@ def over_seeds(runs):
 
 def main(argv):
     cfg = sami.parse(Config, argv)
+    need(sami.WORLD == 1, "evaluate.py runs in one process: start it with python")
     if cfg.rescore:
         return rescore(cfg.rescore)
     for name, allowed in dict(orders=("both", "one"), format=("table", "markdown", "latex", "csv")).items():

@@ -103,6 +103,7 @@ def write_principles(model, tokenizer, cfg, tries=8):
 
 def main(argv):
     cfg = sami.parse(Config, argv)
+    need(sami.WORLD == 1, "generate.py runs in one process: start it with python")
     for name, low in dict(limit=0, temperature=0, top_p=1e-6, max_new_tokens=1, sample_gb=0, seed=0).items():
         need(getattr(cfg, name) >= low, f"--{name}={getattr(cfg, name)} must be at least {low}")
     need(Path(cfg.out).parent.is_dir() and not Path(cfg.out).is_dir(), f"--out={cfg.out}: name a file in a folder")

@@ -98,7 +98,7 @@ class Config:
 # The paper's Table 1. What the authors ran differs: lr warmed up from 0 and decayed, so that 2/4/6 steps were 1/3/5,
 # each on the last 8 queries of the 128; the weights of mixtral and llama were bf16.
 PAPER = dict(iterations=3, steps="2,4,6", batch_size=128, n=2, lr=5e-7, beta=0.0, temperature=0.0, max_new_tokens=350,
-             eval_queries=250, tokens_per_pass=4096)
+             eval_queries=250, tokens_per_pass=2048)
 PRESETS = {
     # for one consumer GPU; planned, not run
     "tldr-small": dict(task="data/tldr", model="HuggingFaceTB/SmolLM2-360M", n=2, batch_size=32, lr=1e-5,

@@ -29,7 +29,17 @@ def write_recipes(folder):
         (folder / name).write_text(text)
 
 
-PYTHON = [words for block in BLOCKS for words in commands(block) if words and words[0] in ("python", "torchrun")]
+def without_torchruns_own(words):
+    """torchrun --nproc_per_node=8 -- sami.py --n=4: what is before the script is not for it."""
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    assert script == 1 or words[0] == "torchrun"
+    # torchrun reads --n=4 as the start of a name of its own, unless it stands behind --
+    assert words[0] == "python" or "--" in words or not any(word.startswith("--n=") for word in words)
+    return [words[0], *words[script:]]
+
+
+PYTHON = [without_torchruns_own(words) for block in BLOCKS for words in commands(block)
+          if words and words[0] in ("python", "torchrun")]
 
 
 def test_there_are_commands_to_check():
@@ -58,7 +68,7 @@ def source_of(script):
 
 
 def test_every_flag_in_the_text_exists():
-    known = {name for config in CONFIGS.values() for name in config.__annotations__} | {"help", "official"}
+    known = {name for config in CONFIGS.values() for name in config.__annotations__} | {"help", "official", "only"}
     for code in re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", TEXT, flags=re.M | re.S)):
         assert set(re.findall(r"--(\w+)", code)) <= known, code
         for script in re.findall(r"(?:python|torchrun) (\S+)", code):
