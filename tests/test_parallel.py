@@ -138,3 +138,16 @@ def test_fsdp_cuts_the_weights_and_ddp_does_not(ran, name, processes):
     fsdp, parts = name.startswith("fsdp"), CASES[name].get("node") or processes
     assert all(each["sharded"] == fsdp for each in several)
     assert all(each["own"] == pytest.approx(1 / parts if fsdp else 1, abs=0.12) for each in several)
+
+
+@pytest.mark.parametrize("name, processes", [("fsdp", 2), ("fsdp tied", 4), ("fsdp mixtral", 4), ("ddp", 2)])
+def test_an_exported_model_scores_the_same_elsewhere(ran, name, processes):
+    """What two or four processes saved, loaded by one that had no part in it."""
+    there = json.loads((ran / f"{name}-{processes}.json").read_text())[0]["held"]
+    model = AutoModelForCausalLM.from_pretrained(ran / f"{name}-{processes}").eval()
+    cfg = sami.Config(n=3, max_new_tokens=8, tokens_per_pass=200, eval_queries=5, seed=3)
+    here = sami.heldout_information(model, tiny.tokenizer(), sami.load_task(ran / "task"), cfg,
+                                    sami.torch.device("cpu"), sami.torch.float32)
+    for key in ("diagonal", "row_accuracy", "col_accuracy"):
+        assert here[key] == pytest.approx(there[key], abs=1e-6)
+    assert here["infonce"] == pytest.approx(there["infonce"], abs=1e-5)
