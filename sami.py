@@ -514,7 +514,7 @@ def ready_to_sample(model):
     """FSDP: bring all weights together once where they fit. Where they do not, a layer runs only when every process
     takes part: those that have finished sampling run along until the last one has."""
     parts = [m for m in model.modules() if is_sharded(m)]
-    device, size = next(model.parameters()).device, sum(p.numel() for p in model.parameters())
+    device, size = next(model.parameters()).device, weight_count([model])
     size *= torch.get_autocast_dtype(device.type).itemsize if torch.is_autocast_enabled(device.type) else 4
     if not parts or total([size > sampling_memory(device) / 2]) == [0]:
         for m in parts:
@@ -1172,9 +1172,15 @@ def write(path, text):
 
 def digests(folder):
     """{file name: SHA-256} of a folder; each process reads its share."""
-    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.name != "sha256.json")[RANK::WORLD]
-    return dict(gather([(str(p.relative_to(folder)), hashlib.file_digest(open(p, "rb"), "sha256").hexdigest())
-                        for p in files]))
+    def sha256(path):
+        try:
+            with open(path, "rb") as f:
+                return hashlib.file_digest(f, "sha256").hexdigest()
+        except OSError as e:  # not raised: the other processes wait for an answer
+            return str(e)
+
+    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.name != "sha256.json")
+    return dict(gather([(str(p.relative_to(folder)), sha256(p)) for p in files[RANK::WORLD]]))
 
 
 @contextlib.contextmanager
@@ -1362,6 +1368,24 @@ def show(held, iteration):
         say(f"  y_{j + 1}: {' '.join(e['responses'][j].split())[:110]}")
 
 
+def announce(cfg, task, model):
+    flags = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default}
+    say(f"{cfg.model}: {model} | flags: {flags or 'none'}\n{cfg.task}: {len(task.train)} train and {len(task.test)} "
+        f"test queries, {len(task.principles)} principles, {len(task.heldout)} held out | n = {cfg.n}, chance: loss "
+        f"{math.log(cfg.n):.3f}, accuracy {1 / cfg.n:.2f}")
+
+
+def pick_usable(examples, iteration, path, task):
+    """Those that no filter drops; says how many there are and why not more. Raises RunFailed where there is none."""
+    why = [e["dropped"] for e in examples if e["dropped"]]
+    say(f"iteration {iteration}: {len(examples)} queries sampled, {len(examples) - len(why)} usable"
+        + "".join(f", {why.count(w)} dropped: {w}" for w in sorted(set(why))))
+    if len(why) == len(examples):
+        raise RunFailed(f"all samples of iteration {iteration} were filtered out, {path} says why; loosen the filters "
+                        f"of {task.path}, or raise --temperature or --max_new_tokens")
+    return [e for e in examples if not e["dropped"]]
+
+
 def main(argv):
     cfg = parse(Config, argv, PRESETS)
     seeds = cfg.seeds.split(",") if cfg.seeds else []
@@ -1408,11 +1432,8 @@ def sami(cfg):
         if not state["folder"]:
             new_out_dir(out_dir)
         write(out_dir / "sami.json", json.dumps(about, indent=1))
-    flags = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default}
-    say(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M weights in float32, computing in "
-        f"{str(dtype)[6:]} on {WORLD} x {device.type}{f', {parallel}' * (WORLD > 1)} | flags: {flags or 'none'}")
-    say(f"{cfg.task}: {len(task.train)} train and {len(task.test)} test queries, {len(task.principles)} principles, "
-        f"{len(task.heldout)} held out | n = {cfg.n}, chance: loss {math.log(cfg.n):.3f}, accuracy {1 / cfg.n:.2f}")
+    announce(cfg, task, f"{weight_count([model]) / 1e6:.2f}M weights in float32, computing in {str(dtype)[6:]} on "
+             f"{WORLD} x {device.type}" + f", {parallel}" * (WORLD > 1))
     started, asked_to_stop = time.time(), []
     earlier = log[-1]["seconds"] if log else 0
     if threading.current_thread() is threading.main_thread():
@@ -1456,13 +1477,7 @@ def sami(cfg):
         samples = as_lines(examples)
         if RANK == 0:
             write(path, samples)
-        why = [e["dropped"] for e in examples if e["dropped"]]
-        usable = [e for e in examples if not e["dropped"]]
-        say(f"iteration {iteration}: {len(examples)} queries sampled, {len(usable)} usable"
-            + "".join(f", {why.count(w)} dropped: {w}" for w in sorted(set(why))))
-        if not usable:
-            raise RunFailed(f"all samples of iteration {iteration} were filtered out, {path} says why; loosen the "
-                            f"filters of {task.path}, or raise --temperature or --max_new_tokens")
+        usable = pick_usable(examples, iteration, path, task)
         if math.ceil(len(usable) / cfg.batch_size) < steps[iteration - 1]:
             steps[iteration - 1] = math.ceil(len(usable) / cfg.batch_size)
             say(f"too few usable queries for more than {steps[iteration - 1]} steps")
