@@ -106,6 +106,14 @@ def test_the_stated_line_counts_are_right_within_5_percent():
             assert abs(int(said) - real) <= 0.05 * real, f"{name} has {real} lines, not {said}"
 
 
+def test_the_algorithm_is_as_long_as_stated():
+    said = int(re.search(r"\(the algorithm: (\d+) lines of code\)", TEXT)[1])
+    sections = re.split(r"^# -+ (.*)$", (ROOT / "sami.py").read_text(encoding="utf-8"), flags=re.M)
+    sections = dict(zip(sections[1::2], sections[2::2]))
+    real = sum(code_lines(sections[name]) for name in ("sampling", "the objective", "the update"))
+    assert abs(said - real) <= 0.05 * real, real
+
+
 def test_two_commands_are_all_a_newcomer_needs():
     """The first block is: install, train, look. No flag, no download of a model, and the tests."""
     run, tests = BLOCKS[0].splitlines()
