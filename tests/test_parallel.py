@@ -11,7 +11,7 @@ SMALL = dict(vocab_size=len(tiny.LETTERS), hidden_size=32, intermediate_size=48,
              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, pad_token_id=0)
 GPT = dict(vocab_size=len(tiny.LETTERS), bos_token_id=0, eos_token_id=0)
 MODELS = dict(
-    llama=None, tied=None,
+    llama=None, tied=None, mistied=None,  # the last: tied says its config, but there are two matrices
     mixtral=tr.MixtralConfig(**SMALL, num_local_experts=3, num_experts_per_tok=2),  # 3 experts on 2 processes
     qwen2=tr.Qwen2Config(**SMALL, tie_word_embeddings=True, use_sliding_window=True, sliding_window=8,
                          max_window_layers=1),
@@ -29,6 +29,7 @@ CASES = {  # name: flags of parallel_worker.case
     "fsdp tied": dict(model="tied", parallel="fsdp"),
     "fsdp checkpointing rmsprop clipped": dict(model="llama", parallel="fsdp", checkpointing=True, optimizer="rmsprop",
                                                grad_clip=0.1),
+    "fsdp mistied": dict(model="mistied", parallel="fsdp"),
     "fsdp mixtral": dict(model="mixtral", parallel="fsdp", temperature=1.0),
     "fsdp qwen2": dict(model="qwen2", parallel="fsdp", temperature=1.0),
     "fsdp gemma2": dict(model="gemma2", parallel="fsdp", temperature=1.0),
@@ -44,8 +45,10 @@ RUNS = [(name, 2) for name in CASES if name != "fsdp hybrid"] + [(name, 4) for n
 
 
 def build(name):
-    if name in ("llama", "tied"):
-        return tiny.model(tie_word_embeddings=name == "tied")
+    if name in ("llama", "tied", "mistied"):
+        model = tiny.model(tie_word_embeddings=name == "tied")
+        model.generation_config.eos_token_id = [0, 5]
+        return model
     sami.torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MODELS[name]).eval()
     for p in model.parameters():
@@ -70,6 +73,8 @@ def ran(tmp_path_factory):
     for name in MODELS:
         build(name).save_pretrained(root / name), tiny.tokenizer().save_pretrained(root / name)
     (root / "cases.json").write_text(json.dumps(CASES))
+    config = json.loads((root / "mistied/config.json").read_text())
+    (root / "mistied/config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     given = parallel_worker.case(root / "llama", root / "given")["examples"]  # in bfloat16 other tokens win near ties
     (root / "given.json").write_text(json.dumps(given))
     for processes in (2, 4):
@@ -121,7 +126,8 @@ def test_several_processes_do_what_one_does(ran, alone, name, processes):
 def test_computing_in_bfloat16_is_close_and_the_weights_stay_fp32(ran, alone):
     """fp32 parts, gathered in bfloat16: the loss of the same samples within its rounding, no step lost in it."""
     one, want = alone("fsdp")
-    [first, _] = json.loads((ran / "fsdp bfloat16-2.json").read_text())
+    [first, second] = json.loads((ran / "fsdp bfloat16-2.json").read_text())
+    assert first["shared"] and second["shared"], "and responses share a prompt as ever"
     for r, s in zip(first["reports"], one["reports"]):
         assert 1e-6 < abs(r["loss"] - s["loss"]) < 0.02 and r["grad_norm"] == pytest.approx(s["grad_norm"], rel=0.05)
     got, base = weights(ran / "fsdp bfloat16-2"), weights(ran / "llama")
@@ -138,6 +144,11 @@ def test_fsdp_cuts_the_weights_and_ddp_does_not(ran, name, processes):
     fsdp, parts = name.startswith("fsdp"), CASES[name].get("node") or processes
     assert all(each["sharded"] == fsdp for each in several)
     assert all(each["own"] == pytest.approx(1 / parts if fsdp else 1, abs=0.12) for each in several)
+
+
+def test_fsdp_keeps_what_ends_a_text(ran):
+    for name in ("ddp-2", "fsdp-2", "fsdp lock step-4"):
+        assert json.loads((ran / name / "generation_config.json").read_text())["eos_token_id"] == [0, 5]
 
 
 @pytest.mark.parametrize("name, processes", [("fsdp", 2), ("fsdp tied", 4), ("fsdp mixtral", 4), ("ddp", 2)])

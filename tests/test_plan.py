@@ -123,7 +123,7 @@ def test_processes_choose_ddp_while_it_fits(monkeypatch):
     need, gpu = sum(sami.memory(flags(), sami.empty_model(config), HALF, 1).values()), torch.device("cuda", 0)
     for room, way in ((need / 0.95 * 1.01, "ddp"), (need / 0.95 * 0.99, "fsdp")):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("", (), dict(total_memory=room)))
-        monkeypatch.setattr(sami, "WORLD", 2)
+        monkeypatch.setattr(sami, "WORLD", 2), monkeypatch.setattr(sami, "total", lambda numbers: numbers)
         assert sami.pick_parallel(flags(), config, gpu, HALF) == way
         assert sami.pick_parallel(flags(parallel="ddp"), config, gpu, HALF) == "ddp"
         monkeypatch.setattr(sami, "WORLD", 1)

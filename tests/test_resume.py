@@ -18,7 +18,7 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start(flags, world=1, largest_file=None):
+def start(flags, world=1, largest_file=None, unreadable=False):
     """`sami.py flags` in `world` forked processes -> their ids. What they say goes to a file beside out_dir."""
     port, children = free_port(), []
     said = Path(next(f for f in flags if f.startswith("--out_dir=")).partition("=")[2]).parent / "said"
@@ -34,6 +34,8 @@ def start(flags, world=1, largest_file=None):
             if largest_file:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+            if unreadable and rank == world - 1:
+                hashlib.file_digest = broken
             sami.run(sami.main)
             code = 0
         except SystemExit as e:
@@ -41,6 +43,10 @@ def start(flags, world=1, largest_file=None):
         finally:
             os._exit(code)
     return children
+
+
+def broken(*_):
+    raise OSError("input/output error")
 
 
 def finish(children):
@@ -116,7 +122,7 @@ def test_sigterm_saves_and_says_how_to_go_on(undisturbed, tmp_path):
     kill(children[:1], signal.SIGTERM)  # all stop when one is told to
     assert finish(children) == [0] * world, said(tmp_path)
     command = re.search(r"go on with: (.*)", said(tmp_path))[1]
-    assert command.startswith("python sami.py" if world == 1 else "torchrun --nproc_per_node=2 -- sami.py")
+    assert command.startswith("python sami.py" if world == 1 else "torchrun --nnodes=1 --nproc_per_node=2 -- sami.py")
     assert command.endswith("--resume") and f"--out_dir={tmp_path}/out" in command
     state = sorted((tmp_path / "out/state").glob("*[0-9]"))[-1]
     assert (state / "weights").is_dir() and json.loads((state / "state.json").read_text())["step"] > 0
@@ -166,6 +172,13 @@ def test_no_whole_state_or_a_damaged_model_is_an_error(undisturbed, tmp_path):
     for state in (tmp_path / "out/state").glob("*[0-9]"):
         (state / "state.json").write_text("{")
     assert finish(start([*flags, "--resume"], world)) == [2] * world
+    assert "no state in" in said(tmp_path)
+
+
+def test_what_one_process_cannot_read_is_damaged_for_all(undisturbed, tmp_path):
+    world = undisturbed[0]
+    flags = stopped(undisturbed, tmp_path, 2, 2)
+    assert finish(start([*flags, "--resume"], world, unreadable=True)) == [2] * world
     assert "no state in" in said(tmp_path)
 
 
