@@ -53,13 +53,13 @@ from tqdm import tqdm
 
 @dataclass
 class Config:
-    preset: str = ""  # start from a named set of values: stories, or one of the paper's four experiments (PRESETS)
+    preset: str = ""  # start from a named set of values (PRESETS): stories, tldr-small, or the paper's experiments
     task: str = "data/toy"  # folder with the prompts, principles and queries
     model: str = "data/toy/base"  # base model: Hugging Face folder or hub name
     out_dir: str = "out"  # checkpoints, samples, logs; an earlier run there is moved aside, never overwritten
     iterations: int = 3  # rounds of sampling and training
     steps: str = "4,8,12"  # gradient steps: one number, or one for each iteration
-    batch_size: int = 16  # queries a step
+    batch_size: int = 16  # queries a step, over all processes
     n: int = 4  # constitutions per query, one response each
     lr: float = 3e-4  # learning rate, constant after the warm-up
     optimizer: str = "adamw"  # adamw | rmsprop
@@ -389,6 +389,13 @@ def join(device):
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def leave():
+    """Part from the other processes: one that just ends while they talk may abort."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def say(*text):
@@ -1437,6 +1444,7 @@ def main(argv):
     for s in seeds:
         sami(dataclasses.replace(cfg, seed=int(s), seeds="", out_dir=f"{cfg.out_dir}/seed-{s}"))
     say(f"next: python evaluate.py --out_dir={cfg.out_dir}")
+    leave()
 
 
 def sami(cfg):
@@ -1487,6 +1495,7 @@ def sami(cfg):
             torchrun = f"torchrun --nnodes={WORLD // node} --nproc_per_node={node} --"
             command = [torchrun if WORLD > 1 else "python", *map(shlex.quote, sys.argv)]
             say("stopped; go on with: " + " ".join(command + ["--resume"] * ("--resume" not in command)))
+            leave()
             raise SystemExit(0)
 
     def report(iteration, step, row):

@@ -43,3 +43,4 @@ if __name__ == "__main__":
         every = sami.gather([case(root / flags.pop("model"), root / f"{name}-{sami.WORLD}", **flags)])
         if sami.RANK == 0:
             (root / f"{name}-{sami.WORLD}.json").write_text(json.dumps(every))
+    sami.leave()

@@ -136,7 +136,7 @@ def head(rows, vocabulary, size, dtype=torch.float32):
 
 
 def test_the_size_of_a_chunk_of_logits_changes_nothing():
-    (h, w, b), target, weight = head(40, 2**19, 3)  # 16 rows at a time: 16, 16, 8
+    (h, w, b), target, weight = head(40, 2**19, 3)  # 8 rows at a time
     whole = sami.HeadLogps.apply(h, w, b, target, 0.5, 3.0)
     parts = torch.cat([sami.HeadLogps.apply(h[s:s + 5], w, b, target[s:s + 5], 0.5, 3.0) for s in range(0, 40, 5)])
     assert torch.allclose(whole, parts, rtol=1e-6, atol=1e-6)
