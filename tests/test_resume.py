@@ -1,5 +1,5 @@
 """A run that is killed, stopped, out of disk space or damaged goes on to the very weights of one that was not."""
-import hashlib, json, os, random, re, resource, shutil, signal, socket, sys, time
+import hashlib, json, os, random, re, resource, shutil, signal, socket, sys, threading, time
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ def start(flags, world=1, largest_file=None, unreadable=False):
         code = 99
         try:
             os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+            sami.tqdm.set_lock(threading.RLock())  # not the one that all forks share: who is killed may hold it
             sami.RANK, sami.WORLD, sys.argv = rank, world, ["sami.py", *flags]
             sys.stdout = sys.stderr = open(said, "a", buffering=1)
             if largest_file:
@@ -105,9 +106,10 @@ def test_killed_at_twenty_random_moments(undisturbed, tmp_path):
             codes = finish(children)
             kills += codes[0] == -9
             states = sorted((path / "out/state").glob("*[0-9]")) if (path / "out/state").exists() else []
-            assert len(states) <= 3, "the last two are kept, and one more between saving and clearing away"
+            assert len(states) <= 4, "the last two are kept, and what a kill left there when it was to be cleared away"
+            files = [s / "state.json" for s in states]
             places |= {(state["iteration"], state["step"]) for state in
-                       (json.loads((s / "state.json").read_text()) for s in states)}
+                       (json.loads(f.read_text()) for f in files if f.exists())}
         assert codes == [0] * world, said(path)
         assert left(path) == left(whole)
     assert len(places) > 4, "killed in different places"
