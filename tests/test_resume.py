@@ -27,6 +27,7 @@ def start(flags, world=1, largest_file=None, unreadable=False):
             children.append(pid)
             continue
         code = 99
+        signal.alarm(120)  # ends it: a test may fail but not hang
         try:
             os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
             sami.tqdm.set_lock(threading.RLock())  # not the one that all forks share: who is killed may hold it
