@@ -612,7 +612,7 @@ def plan(cfg, task, steps):
     if gpus == 1:
         del ways["fsdp"]
     print(f"{cfg.model}: {size / 1e9:.3g}B weights on {gpus} x {cfg.gpu_memory:g} GB, computing in {str(dtype)[6:]}\n"
-          f"{'GB on each GPU':<22}" + "".join(f"{way:>8}" for way in ways))
+          f"{'GB on each GPU':<22}" + "".join(f"{way if gpus > 1 else 'whole':>8}" for way in ways))
     for name in [*ways["ddp"], "all"]:
         print(f"  {name:<20}" + "".join(f"{w.get(name, sum(w.values())) / 1e9:8.1f}" for w in ways.values()))
     way = next((way for way, parts in ways.items() if sum(parts.values()) < room), None)
