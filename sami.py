@@ -1265,6 +1265,7 @@ def save_model(model, tokenizer, folder):
 
 def weights_and_optimizer(model, optimizer):
     from torch.distributed.checkpoint.state_dict import get_state_dict
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves as well as many
     return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
 
 
