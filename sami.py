@@ -1309,6 +1309,7 @@ def find_state(cfg, about):
         before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise BadInput(f"{path} is damaged; start again without --resume")
+    need("task_sha256" in before, f"the run in {out_dir} is of an older version; start again without --resume")
     for name, value in about["config"].items():
         old = before["config"].get(name, value)
         need(name in FREE or old == value, f"the run in {out_dir} has --{name}={old}, not {value}: resume it with its "

@@ -198,6 +198,14 @@ def test_a_full_disk_is_told_and_what_was_saved_is_kept(undisturbed, tmp_path):
     assert left(tmp_path) == left(whole)
 
 
+def test_a_run_of_an_older_version_is_refused(tmp_path):
+    flags = [*tiny.folder(tmp_path), *RUN]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/sami.json").write_text(json.dumps(dict(config={})))
+    assert finish(start([*flags, "--resume"])) == [2]
+    assert "is of an older version; start again without --resume" in said(tmp_path)
+
+
 def test_what_would_be_another_run_is_refused(undisturbed, tmp_path):
     world, whole, flags, _ = undisturbed
     before = left(whole)
