@@ -174,7 +174,7 @@ def check(cfg):
                    parallel=("auto", "ddp", "fsdp"))
     least = dict(iterations=1, batch_size=1, max_new_tokens=1, tokens_per_pass=1, sample_gb=0, n=2, warmup=0, lr=0,
                  grad_clip=0, beta=0, temperature=0, max_queries=0, eval_queries=0, seed=0, top_p=1e-6,
-                 save_every=1)
+                 save_every=1, gpus=0, gpu_memory=1e-6, gpu_tflops=1e-6)
     for name, allowed in choices.items():
         need(getattr(cfg, name) in allowed, f"--{name}={getattr(cfg, name)}: choose one of {', '.join(allowed)}")
     for name, low in least.items():
