@@ -115,20 +115,6 @@ PRESETS = {
 }
 
 
-# what --plan needs to know of the presets' models, without a download: kind, and what differs from its usual values
-SHAPES = {
-    "mistralai/Mistral-7B-v0.1": ("mistral", {}),
-    "mistralai/Mixtral-8x7B-v0.1": ("mixtral", {}),
-    "meta-llama/Meta-Llama-3-70B": ("llama", dict(vocab_size=128256, hidden_size=8192, intermediate_size=28672,
-                                                  num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8)),
-    "HuggingFaceTB/SmolLM2-360M": ("llama", dict(vocab_size=49152, hidden_size=960, intermediate_size=2560,
-                                                 num_hidden_layers=32, num_attention_heads=15, num_key_value_heads=5,
-                                                 tie_word_embeddings=True)),
-    "roneneldan/TinyStories-33M": ("gpt_neo", dict(hidden_size=768, num_layers=4, attention_types=[
-                                       [["global", "local"], 2]])),
-}
-
-
 class BadInput(Exception):
     """Wrong flags, files or data. One sentence with the fix; exit code 2."""
 
@@ -381,6 +367,7 @@ def load_task(folder):
 
 # torchrun tells each process its place; without it there is one
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(k, d)) for k, d in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items())
+NODE = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))  # processes on this node
 
 
 def join(device):
@@ -496,8 +483,7 @@ def fsdp_arguments(cfg, device, dtype):
     in `dtype` while it runs, and gradients are summed in fp32."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
     from torch.distributed.tensor import Shard
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
-    shape, names = ((WORLD // node, node), ("copies", "parts")) if cfg.hybrid else ((WORLD,), ("parts",))
+    shape, names = ((WORLD // NODE, NODE), ("copies", "parts")) if cfg.hybrid else ((WORLD,), ("parts",))
     # 8 experts do not cut into 3 parts, their rows may
     experts = lambda p: Shard(1) if p.ndim == 3 and p.shape[0] % shape[-1] and not p.shape[1] % shape[-1] else None
     return dict(mesh=dist.init_device_mesh(device.type, shape, mesh_dim_names=names), shard_placement_fn=experts,
@@ -565,80 +551,6 @@ def empty_model(config, **how):
 
 def weight_count(modules):
     return sum(p.numel() for m in modules for p in m.parameters())
-
-
-def memory(cfg, model, dtype, parts):
-    """Bytes on each GPU in training, with the (empty) model cut into `parts`, 1 = whole -> {what: bytes}."""
-    text, half = model.config.get_text_config(), dtype != torch.float32
-    size, layers = weight_count([model]), blocks(model) or [model]
-    experts = getattr(text, "num_experts_per_tok", None) or 1
-    wide = experts * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
-    # bytes that a layer keeps of a token for the backward pass, linear in both widths: fitted to saved_tensors_hooks
-    a, b = (37, 16) if not half else (35, 8.5) if parts == 1 else (23, 8.2)
-    layer, between = a * text.hidden_size + b * wide, (2 if half and parts > 1 else 4) * text.hidden_size
-    kept = len(layers) * between + layer if cfg.checkpointing else len(layers) * layer
-    kept += (2 if half else 4) * (2 * text.hidden_size + 3 * wide)  # gradients within the layer that backward is in
-    # a bfloat16 copy of all; or two layers and what is outside of layers, with their gradients
-    together = 2 * weight_count(layers[:1]) + size - weight_count(layers)
-    return {"weights": 4 * size / parts, "gradients": 4 * size / parts,
-            f"optimizer ({cfg.optimizer})": (8 if cfg.optimizer == "adamw" else 4) * size / parts,
-            "weights at work": 2 * (2 if half else 4) * together if parts > 1 else 2 * size * half,
-            "activations": cfg.tokens_per_pass * kept}
-
-
-def pick_parallel(cfg, config, device, dtype):
-    """Nothing for one process; ddp where all that training holds fits one GPU; else fsdp."""
-    if WORLD == 1 or cfg.parallel != "auto":
-        return "none" if WORLD == 1 else cfg.parallel
-    room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
-    fits = sum(memory(cfg, empty_model(config), dtype, 1).values()) < 0.95 * room
-    return "fsdp" if total([not fits]) != [0] else "ddp"  # the same on all, whatever their GPUs
-
-
-def plan(cfg, task, steps):
-    """Print what a run needs on each GPU and about how long it takes. Arithmetic: loads no weights, needs no GPU."""
-    if cfg.model in SHAPES:  # no tokenizer without a download: a token has about four letters
-        from transformers import AutoConfig
-        kind, values = SHAPES[cfg.model]
-        config, count = AutoConfig.for_model(kind, **values), lambda prompt: len(flat(prompt)) / 4
-    else:
-        config, tokenizer = load_tokenizer(cfg.model)
-        count = lambda prompt: len(encode(tokenizer, prompt)[0])
-    model, text, gpus, room = empty_model(config), config.get_text_config(), cfg.gpus or WORLD, 0.95e9 * cfg.gpu_memory
-    dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
-    size, experts = weight_count([model]), sum(p.numel() for p in model.parameters() if p.ndim == 3)
-    active = size - experts * (1 - (getattr(text, "num_experts_per_tok", 1) / getattr(text, "num_local_experts", 1)))
-    ways = dict(ddp=memory(cfg, model, dtype, 1), fsdp=memory(cfg, model, dtype, gpus))
-    if gpus == 1:
-        del ways["fsdp"]
-    print(f"{cfg.model}: {size / 1e9:.3g}B weights on {gpus} x {cfg.gpu_memory:g} GB, computing in {str(dtype)[6:]}\n"
-          f"{'GB on each GPU':<22}" + "".join(f"{way if gpus > 1 else 'whole':>8}" for way in ways))
-    for name in [*ways["ddp"], "all"]:
-        print(f"  {name:<20}" + "".join(f"{w.get(name, sum(w.values())) / 1e9:8.1f}" for w in ways.values()))
-    way = next((way for way, parts in ways.items() if sum(parts.values()) < room), None)
-    enough = next((g for g in range(2, 1025) if sum(memory(cfg, model, dtype, g).values()) < room), None)
-    print("fits" + f", as {way}" * (gpus > 1) if way else f"does not fit; {enough or 'no number of'} such GPUs would do"
-          + (": lower --tokens_per_pass" + ", or add --checkpointing" * (not cfg.checkpointing)) * (not enough))
-
-    kv = 2 * len(blocks(model)) * text.hidden_size * dtype.itemsize  # bytes of keys and values of a token
-    kv *= (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) / text.num_attention_heads
-    c, queries = task.draw(rng(cfg.seed), 1)[0], task.train[:100]
-    sampled, scored = (float(np.mean([count(f(q["query"], c)) for q in queries]))
-                       for f in (task.sampling_prompt, task.prompt))
-    left = room - 4 * size / (1 if way == "ddp" else gpus)
-    whole = left > 2 * size * dtype.itemsize  # the weights that sampling computes with, and as much for what it keeps
-    batch = int((left - size * dtype.itemsize * whole) / 2 / kv / (sampled + cfg.max_new_tokens))
-    print(f"sampling: {kv / 1e3:.3g} kB of keys and values a token, up to {max(0, batch)} responses side by side on "
-          f"each GPU, weights {'whole' if whole else 'cut, all processes in step'}")
-    for iteration, count in enumerate(steps, 1):
-        responses = count * cfg.batch_size * cfg.n
-        trained = responses * (scored + cfg.n * cfg.max_new_tokens)
-        work = 2 * active * responses * sampled + active * trained * (6 + 2 * cfg.checkpointing + 2 * (cfg.beta > 0))
-        rounds = math.ceil(responses / gpus / max(1, batch)) * cfg.max_new_tokens  # a token takes a millisecond a layer
-        pause = 1e-3 * len(blocks(model)) + (0 if whole else size * dtype.itemsize / 1e11)  # and sending cut weights
-        seconds = work / gpus / cfg.gpu_tflops / 1e12 + rounds * pause
-        print(f"iteration {iteration}: {responses} responses of up to {cfg.max_new_tokens} tokens to prompts of about "
-              f"{sampled:.0f}, {trained / 1e6:.2f}M tokens a pass over them; about {math.ceil(seconds / 60)} min")
 
 
 def end_ids(model, tokenizer):
@@ -899,6 +811,11 @@ def shared_logps(model, prompts, siblings):
                            getattr(config, "final_logit_softcapping", None))
 
 
+def sharing(model):
+    """shared_logps of this model: a cut one has its own, which brings its weights together."""
+    return getattr(model, "shared_logps", functools.partial(shared_logps, model))
+
+
 def plain_logps(model, prompts, siblings):
     """The same with a row for each pair and the model's own logits: for every causal LM, at n times the cost."""
     rows = [(list(p), y) for p, ys in zip(prompts, siblings) for y in ys]
@@ -916,9 +833,8 @@ def can_share(model, prompts, siblings):
     half = is_sharded(model) and torch.is_autocast_enabled(kind)  # cut weights come together in bfloat16 in any case
     with torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=half):
         plain = plain_logps(model, prompts, siblings)
-        shared = getattr(model, "shared_logps", functools.partial(shared_logps, model))
         try:
-            off = (shared(prompts, siblings) - plain).abs()
+            off = (sharing(model)(prompts, siblings) - plain).abs()
             worst = (off.mean() if half else off.max()).item()  # bfloat16 alone puts single tokens far off
             why = f"log-probs off by {worst:.1g}"
         except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
@@ -941,8 +857,7 @@ def score(model, prompts, siblings):
     known = model.__dict__.setdefault("can_share", {})  # with one response a prompt, and with several
     if several not in known:
         known[several] = can_share(model, prompts[-2:], siblings[-2:])
-    shared = getattr(model, "shared_logps", functools.partial(shared_logps, model))  # a sharded model has its own
-    logps = shared(prompts, siblings) if known[several] else plain_logps(model, prompts, siblings)
+    logps = sharing(model)(prompts, siblings) if known[several] else plain_logps(model, prompts, siblings)
     parts = iter(logps.split([len(y) for ys in siblings for y in ys]))
     return [[next(parts) for _ in ys] for ys in siblings]
 
@@ -1191,6 +1106,137 @@ def heldout_information(model, tokenizer, task, cfg, device, dtype):
     return out
 
 
+# ------------------------------------------------------------------------------------------------------- before a run
+
+# what --plan needs to know of the presets' models, without a download: kind, and what differs from its usual values
+SHAPES = {
+    "mistralai/Mistral-7B-v0.1": ("mistral", {}),
+    "mistralai/Mixtral-8x7B-v0.1": ("mixtral", {}),
+    "meta-llama/Meta-Llama-3-70B": ("llama", dict(vocab_size=128256, hidden_size=8192, intermediate_size=28672,
+                                                  num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8)),
+    "HuggingFaceTB/SmolLM2-360M": ("llama", dict(vocab_size=49152, hidden_size=960, intermediate_size=2560,
+                                                 num_hidden_layers=32, num_attention_heads=15, num_key_value_heads=5,
+                                                 tie_word_embeddings=True)),
+    "roneneldan/TinyStories-33M": ("gpt_neo", dict(hidden_size=768, num_layers=4, attention_types=[
+                                       [["global", "local"], 2]])),
+}
+
+
+def memory(cfg, model, dtype, parts):
+    """Bytes on each GPU in training, with the (empty) model cut into `parts`, 1 = whole -> {what: bytes}."""
+    text, half = model.config.get_text_config(), dtype != torch.float32
+    size, layers = weight_count([model]), blocks(model) or [model]
+    experts = getattr(text, "num_experts_per_tok", None) or 1
+    wide = experts * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
+    # bytes that a layer keeps of a token for the backward pass, linear in both widths: fitted to saved_tensors_hooks
+    a, b = (37, 16) if not half else (35, 8.5) if parts == 1 else (23, 8.2)
+    layer, between = a * text.hidden_size + b * wide, (2 if half and parts > 1 else 4) * text.hidden_size
+    kept = len(layers) * between + layer if cfg.checkpointing else len(layers) * layer
+    kept += (2 if half else 4) * (2 * text.hidden_size + 3 * wide)  # gradients within the layer that backward is in
+    # a bfloat16 copy of all; or two layers and what is outside of layers, with their gradients
+    together = 2 * weight_count(layers[:1]) + size - weight_count(layers)
+    return {"weights": 4 * size / parts, "gradients": 4 * size / parts,
+            f"optimizer ({cfg.optimizer})": (8 if cfg.optimizer == "adamw" else 4) * size / parts,
+            "weights at work": 2 * (2 if half else 4) * together if parts > 1 else 2 * size * half,
+            "activations": cfg.tokens_per_pass * kept}
+
+
+def pick_parallel(cfg, config, device, dtype):
+    """Nothing for one process; ddp where all that training holds fits one GPU; else fsdp."""
+    if WORLD == 1 or cfg.parallel != "auto":
+        return "none" if WORLD == 1 else cfg.parallel
+    room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    fits = sum(memory(cfg, empty_model(config), dtype, 1).values()) < 0.95 * room
+    return "fsdp" if total([not fits]) != [0] else "ddp"  # the same on all, whatever their GPUs
+
+
+def plan(cfg, task, steps):
+    """Print what a run needs on each GPU and about how long it takes. Arithmetic: loads no weights, needs no GPU."""
+    if cfg.model in SHAPES:  # no tokenizer without a download: a token has about four letters
+        from transformers import AutoConfig
+        kind, values = SHAPES[cfg.model]
+        config, count = AutoConfig.for_model(kind, **values), lambda prompt: len(flat(prompt)) / 4
+    else:
+        config, tokenizer = load_tokenizer(cfg.model)
+        count = lambda prompt: len(encode(tokenizer, prompt)[0])
+    model, text, gpus, room = empty_model(config), config.get_text_config(), cfg.gpus or WORLD, 0.95e9 * cfg.gpu_memory
+    dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
+    size, experts = weight_count([model]), sum(p.numel() for p in model.parameters() if p.ndim == 3)
+    active = size - experts * (1 - (getattr(text, "num_experts_per_tok", 1) / getattr(text, "num_local_experts", 1)))
+    ways = dict(ddp=memory(cfg, model, dtype, 1), fsdp=memory(cfg, model, dtype, gpus))
+    if gpus == 1:
+        del ways["fsdp"]
+    print(f"{cfg.model}: {size / 1e9:.3g}B weights on {gpus} x {cfg.gpu_memory:g} GB, computing in {str(dtype)[6:]}\n"
+          f"{'GB on each GPU':<22}" + "".join(f"{way if gpus > 1 else 'whole':>8}" for way in ways))
+    for name in [*ways["ddp"], "all"]:
+        print(f"  {name:<20}" + "".join(f"{w.get(name, sum(w.values())) / 1e9:8.1f}" for w in ways.values()))
+    way = next((way for way, parts in ways.items() if sum(parts.values()) < room), None)
+    enough = next((g for g in range(2, 1025) if sum(memory(cfg, model, dtype, g).values()) < room), None)
+    print("fits" + f", as {way}" * (gpus > 1) if way else f"does not fit; {enough or 'no number of'} such GPUs would do"
+          + (": lower --tokens_per_pass" + ", or add --checkpointing" * (not cfg.checkpointing)) * (not enough))
+
+    kv = 2 * len(blocks(model)) * text.hidden_size * dtype.itemsize  # bytes of keys and values of a token
+    kv *= (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) / text.num_attention_heads
+    c, queries = task.draw(rng(cfg.seed), 1)[0], task.train[:100]
+    sampled, scored = (float(np.mean([count(f(q["query"], c)) for q in queries]))
+                       for f in (task.sampling_prompt, task.prompt))
+    left = room - 4 * size / (1 if way == "ddp" else gpus)
+    whole = left > 2 * size * dtype.itemsize  # the weights that sampling computes with, and as much for what it keeps
+    batch = int((left - size * dtype.itemsize * whole) / 2 / kv / (sampled + cfg.max_new_tokens))
+    print(f"sampling: {kv / 1e3:.3g} kB of keys and values a token, up to {max(0, batch)} responses side by side on "
+          f"each GPU, weights {'whole' if whole else 'cut, all processes in step'}")
+    for iteration, count in enumerate(steps, 1):
+        responses = count * cfg.batch_size * cfg.n
+        trained = responses * (scored + cfg.n * cfg.max_new_tokens)
+        work = 2 * active * responses * sampled + active * trained * (6 + 2 * cfg.checkpointing + 2 * (cfg.beta > 0))
+        rounds = math.ceil(responses / gpus / max(1, batch)) * cfg.max_new_tokens  # a token takes a millisecond a layer
+        pause = 1e-3 * len(blocks(model)) + (0 if whole else size * dtype.itemsize / 1e11)  # and sending cut weights
+        seconds = work / gpus / cfg.gpu_tflops / 1e12 + rounds * pause
+        print(f"iteration {iteration}: {responses} responses of up to {cfg.max_new_tokens} tokens to prompts of about "
+              f"{sampled:.0f}, {trained / 1e6:.2f}M tokens a pass over them; about {math.ceil(seconds / 60)} min")
+
+
+def check_lengths(task, config, tokenizer, cfg):
+    """Meet a prompt that is too long before any weights load. -> tokens of the longest prompt, and the context."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    texts = sorted((max(p["positive"] + p["negative"], key=len) for p in task.principles), key=len)
+    c = Constitution((), (), texts[-task.principles_per_constitution:], task.numbered)
+    lengths = {max(len(sum(encode(tokenizer, f(q["query"], c), task.response_prefix), []))
+                   for f in (task.prompt, task.sampling_prompt)): q["line"]
+               for q in sorted(task.train + task.test, key=lambda q: -len(flat(q["query"])))[:20]}
+    longest = max(lengths)
+    need(longest + cfg.max_new_tokens <= limit, f"{lengths[longest]}: its prompt has up to {longest} tokens, which "
+         f"with --max_new_tokens={cfg.max_new_tokens} is more than the model's context of {limit}; shorten the query")
+    return longest, limit
+
+
+def check_task(task, tokenizer, cfg, steps, longest, limit):
+    """Print what a run would read and cost. steps: of each iteration; longest prompt and limit of context: tokens."""
+    some = list(enumerate(task.train))[::len(task.train) // 500 + 1]  # enough for a mean
+    drawn = [task.draw(rng(cfg.seed, 1, i, DRAW), cfg.n, q.get("focus")) for i, q in some]
+    sampling, scoring = ([encode(tokenizer, f(q["query"], cs[0]), prefix) for (_, q), cs in zip(some, drawn)]
+                         for f, prefix in ((task.sampling_prompt, task.response_prefix), (task.prompt, "")))
+    for name, prompts in dict(sampling=sampling, scoring=scoring).items():
+        print(f"--- a {name} prompt, as the model reads it (mean of {len(some)} training queries: "
+              f"{np.mean([len(p + y) for p, y in prompts]):.0f} tokens)\n{tokenizer.decode(sum(prompts[0], []))}")
+    print(f"--- the {cfg.n} constitutions of this query")
+    for j, c in enumerate(drawn[0], 1):
+        print(f"c_{j}: {', '.join('not ' * (not side) + name for name, side in zip(c.names, c.sides))}\n{c}")
+    words = dict(answer_after="a response starts behind", stop="a response ends before any of",
+                 drop_if_contains="a query is dropped if a response contains any of",
+                 first_must_end_with="a query is dropped unless its first response ends with")
+    print("--- a query is dropped if a response is empty or two are the same",
+          *[f"{words[key]} {value!r}" for key in words if (value := getattr(task, key))], sep="\n")
+    print(f"--- the longest prompt has {longest} tokens; it and --max_new_tokens fit the model's context of {limit}")
+    total, y = min(cfg.max_queries or math.inf, len(task.train)), len(sampling[0][1]) + cfg.max_new_tokens
+    train = sum(min(k * cfg.batch_size, len(range(i % 2, total, 2))) for i, k in enumerate(steps))  # of one half each
+    held = (cfg.iterations + 1) * min(cfg.eval_queries, len(task.test))
+    rows = (train + held) * cfg.n  # prompts, each scored with n responses behind it
+    print(f"--- a run samples for {train:,} queries to train on (more if some are dropped) and {held:,} held-out ones: "
+          f"{rows:,} responses,\nat most {rows * cfg.max_new_tokens:,} tokens; it scores about "
+          f"{rows * (np.mean([len(p) for p, _ in scoring]) + cfg.n * y):,.0f} tokens if they are all so long")
+
+
 # -------------------------------------------------------------------------------------------------- checkpoints, main
 
 
@@ -1346,47 +1392,6 @@ def new_out_dir(out_dir):
     (out_dir / "samples").mkdir(parents=True, exist_ok=True)
 
 
-def check_lengths(task, config, tokenizer, cfg):
-    """Meet a prompt that is too long before any weights load. -> tokens of the longest prompt, and the context."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
-    texts = sorted((max(p["positive"] + p["negative"], key=len) for p in task.principles), key=len)
-    c = Constitution((), (), texts[-task.principles_per_constitution:], task.numbered)
-    lengths = {max(len(sum(encode(tokenizer, f(q["query"], c), task.response_prefix), []))
-                   for f in (task.prompt, task.sampling_prompt)): q["line"]
-               for q in sorted(task.train + task.test, key=lambda q: -len(flat(q["query"])))[:20]}
-    longest = max(lengths)
-    need(longest + cfg.max_new_tokens <= limit, f"{lengths[longest]}: its prompt has up to {longest} tokens, which "
-         f"with --max_new_tokens={cfg.max_new_tokens} is more than the model's context of {limit}; shorten the query")
-    return longest, limit
-
-
-def check_task(task, tokenizer, cfg, steps, longest, limit):
-    """Print what a run would read and cost. steps: of each iteration; longest prompt and limit of context: tokens."""
-    some = list(enumerate(task.train))[::len(task.train) // 500 + 1]  # enough for a mean
-    drawn = [task.draw(rng(cfg.seed, 1, i, DRAW), cfg.n, q.get("focus")) for i, q in some]
-    sampling, scoring = ([encode(tokenizer, f(q["query"], cs[0]), prefix) for (_, q), cs in zip(some, drawn)]
-                         for f, prefix in ((task.sampling_prompt, task.response_prefix), (task.prompt, "")))
-    for name, prompts in dict(sampling=sampling, scoring=scoring).items():
-        print(f"--- a {name} prompt, as the model reads it (mean of {len(some)} training queries: "
-              f"{np.mean([len(p + y) for p, y in prompts]):.0f} tokens)\n{tokenizer.decode(sum(prompts[0], []))}")
-    print(f"--- the {cfg.n} constitutions of this query")
-    for j, c in enumerate(drawn[0], 1):
-        print(f"c_{j}: {', '.join('not ' * (not side) + name for name, side in zip(c.names, c.sides))}\n{c}")
-    words = dict(answer_after="a response starts behind", stop="a response ends before any of",
-                 drop_if_contains="a query is dropped if a response contains any of",
-                 first_must_end_with="a query is dropped unless its first response ends with")
-    print("--- a query is dropped if a response is empty or two are the same",
-          *[f"{words[key]} {value!r}" for key in words if (value := getattr(task, key))], sep="\n")
-    print(f"--- the longest prompt has {longest} tokens; it and --max_new_tokens fit the model's context of {limit}")
-    total, y = min(cfg.max_queries or math.inf, len(task.train)), len(sampling[0][1]) + cfg.max_new_tokens
-    train = sum(min(k * cfg.batch_size, len(range(i % 2, total, 2))) for i, k in enumerate(steps))  # of one half each
-    held = (cfg.iterations + 1) * min(cfg.eval_queries, len(task.test))
-    rows = (train + held) * cfg.n  # prompts, each scored with n responses behind it
-    print(f"--- a run samples for {train:,} queries to train on (more if some are dropped) and {held:,} held-out ones: "
-          f"{rows:,} responses,\nat most {rows * cfg.max_new_tokens:,} tokens; it scores about "
-          f"{rows * (np.mean([len(p) for p, _ in scoring]) + cfg.n * y):,.0f} tokens if they are all so long")
-
-
 def git_commit():
     try:
         here = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -1493,8 +1498,7 @@ def sami(cfg):
         if due or stop:
             save_state(out_dir / "state", dict(iteration=iteration, step=step, log=log), samples, model, optimizer)
         if stop:
-            node = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
-            torchrun = f"torchrun --nnodes={WORLD // node} --nproc_per_node={node} --"
+            torchrun = f"torchrun --nnodes={WORLD // NODE} --nproc_per_node={NODE} --"
             command = [torchrun if WORLD > 1 else "python", *map(shlex.quote, sys.argv)]
             say("stopped; go on with: " + " ".join(command + ["--resume"] * ("--resume" not in command)))
             leave()

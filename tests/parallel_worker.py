@@ -1,5 +1,5 @@
 """What test_parallel.py runs in each process: every case, by the functions that sami.py's loop is made of."""
-import json, os, sys
+import json, sys
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ def case(folder, out, parallel="none", lock_step=False, node=0, dtype="float32",
                                 eval_queries=5, seed=3, hybrid=node > 0), **flags})
     task, tokenizer = sami.load_task(folder.parent / "task"), tiny.tokenizer()
     if node:
-        os.environ["LOCAL_WORLD_SIZE"] = str(node)
+        sami.NODE = node
     model = sami.load_model(str(folder), how[0], sami.fsdp_arguments(cfg, *how) if parallel == "fsdp" else None)
     if lock_step:  # as if the weights did not fit one device
         room, sami.sampling_memory = sami.sampling_memory, lambda device: 1e5

@@ -31,7 +31,7 @@ def start(flags, world=1, largest_file=None, unreadable=False):
         try:
             os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
             sami.tqdm.set_lock(threading.RLock())  # not the one that all forks share: who is killed may hold it
-            sami.RANK, sami.WORLD, sys.argv = rank, world, ["sami.py", *flags]
+            sami.RANK, sami.WORLD, sami.NODE, sys.argv = rank, world, world, ["sami.py", *flags]
             sys.stdout = sys.stderr = open(said, "a", buffering=1)
             if largest_file:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -7,18 +7,6 @@ since a story about a girl may well say "he" of somebody else.
 """
 import re
 
-WORDS = {
-    "pet": ("dog|dogs|doggy|puppy|puppies", "cat|cats|kitty|kitten|kittens"),
-    "wild": ("monkey|monkeys", "lion|lions"),
-    "wings": ("bird|birds|birdie", "fish|fishes"),
-    "farm": ("cow|cows", "pig|pigs|piggy|piglet"),
-    "toy": ("ball|balls", "car|cars"),
-    "wheels": ("bike|bikes|bicycle", "truck|trucks"),
-    "snack": ("banana|bananas", "milk"),
-    "small": ("bunny|bunnies|rabbit|rabbits", "mouse|mice"),
-    "ride": ("boat|boats", "train|trains"),
-    "treat": ("cake|cakes", "cookie|cookies"),
-}
 HERO = ("girl|girls|she|her|hers|herself", "boy|boys|he|his|him|himself")
 
 
@@ -26,55 +14,29 @@ def count(words, text):
     return len(re.findall(rf"\b(?:{words})\b", text.lower()))
 
 
-def mentions(name, response):
-    """True, False: only the words of the positive, negative side are there; None: of both or of neither."""
-    positive, negative = (count(words, response) > 0 for words in WORDS[name])
-    return None if positive == negative else positive
+def takes_side(positive, negative):
+    """A rule: True, False where only the words of the positive, negative side are there; None: of both or of neither."""
+    def rule(query, response):
+        pro, contra = (count(words, response) > 0 for words in (positive, negative))
+        return None if pro == contra else pro
+    return rule
+
+
+pet = takes_side("dog|dogs|doggy|puppy|puppies", "cat|cats|kitty|kitten|kittens")
+wild = takes_side("monkey|monkeys", "lion|lions")
+wings = takes_side("bird|birds|birdie", "fish|fishes")
+farm = takes_side("cow|cows", "pig|pigs|piggy|piglet")
+toy = takes_side("ball|balls", "car|cars")
+wheels = takes_side("bike|bikes|bicycle", "truck|trucks")
+snack = takes_side("banana|bananas", "milk")
+small = takes_side("bunny|bunnies|rabbit|rabbits", "mouse|mice")
+ride = takes_side("boat|boats", "train|trains")
+treat = takes_side("cake|cakes", "cookie|cookies")
 
 
 def hero(query, response):
     girl, boy = (count(words, response) for words in HERO)
     return None if girl == boy else girl > boy
-
-
-def pet(query, response):
-    return mentions("pet", response)
-
-
-def wild(query, response):
-    return mentions("wild", response)
-
-
-def wings(query, response):
-    return mentions("wings", response)
-
-
-def farm(query, response):
-    return mentions("farm", response)
-
-
-def toy(query, response):
-    return mentions("toy", response)
-
-
-def wheels(query, response):
-    return mentions("wheels", response)
-
-
-def snack(query, response):
-    return mentions("snack", response)
-
-
-def small(query, response):
-    return mentions("small", response)
-
-
-def ride(query, response):
-    return mentions("ride", response)
-
-
-def treat(query, response):
-    return mentions("treat", response)
 
 
 def in_world(query, response):
