@@ -464,14 +464,13 @@ def is_query(x, chat):
 
 TASK_KEYS = dict(  # what task.json may hold, and what counts where it holds nothing
     about="", sampling_prompt="", scoring_prompt="", chat=False, response_prefix="", answer_after="",
-    stop=[], drop_if_contains=[], first_must_end_with="", principles_per_constitution=2, numbered=True,
-    first_always_positive=True, others="independent", principles="principles.json",
+    stop=[], drop_if_contains=[], first_must_end_with="", principles_per_constitution=2,
+    numbered=True, first_always_positive=True, others="independent", principles="principles.json",
     train="train.jsonl", test="test.jsonl")
 
 
 class Task:
-    """A folder with task.json (TASK_KEYS), principles.json and two files of queries. BadInput names
-    the file, the line and the fix."""
+    """A folder with task.json (TASK_KEYS), principles.json and two files of queries."""
 
     def __init__(self, folder):
         path = Path(folder) if str(folder).endswith(".json") else Path(folder) / "task.json"
@@ -479,16 +478,16 @@ class Task:
         for key, value in spec.items():
             need(key in TASK_KEYS, f"{path}: unknown key {key!r}; there are {', '.join(TASK_KEYS)}")
             kind = type(TASK_KEYS[key])
-            fine = kind is not list or all(isinstance(v, str) and v for v in list(value))
-            need(isinstance(value, kind) and fine, f"{path}: {key!r} must be of type {kind.__name__}"
+            fine = kind is not list or all(v and isinstance(v, str) for v in [*value])
+            need(isinstance(value, kind) and fine, f"{path}: {key!r} must be a {kind.__name__}"
                  f"{' of texts' * (kind is list)}, not {value!r}")
         spec = {**TASK_KEYS, "scoring_prompt": spec.get("sampling_prompt", ""), **spec}
         need(spec["others"] in ("independent", "complement"),
              f"{path}: 'others' must be independent or complement")
         for key in ("sampling_prompt", "scoring_prompt"):
-            need("{constitution}" in spec[key], f"{path}: {key!r} has no {{constitution}}; put it in")
-            need(("{query}" in spec[key]) != spec["chat"], f"{path}: {key!r} has no {{query}}; put it "
-                 "in. With 'chat' it is the system message and the query is the user's: remove {query}")
+            need("{constitution}" in spec[key] and ("{query}" in spec[key]) != spec["chat"],
+                 f"{path}: {key!r} must have {{constitution}} and {{query}} in it; with 'chat' it is "
+                 "the system message and the query is the user's: remove {query}")
         self.templates = spec.pop("sampling_prompt"), spec.pop("scoring_prompt")
         self.__dict__.update(spec, path=path, folder=path.parent)
         every = self.read_principles(self.folder / spec["principles"])
@@ -505,26 +504,27 @@ class Task:
         """-> dicts: name, positive and negative (lists of wordings), heldout."""
         found = {}
         for i, p in enumerate(read_json(path, list), 1):
-            p = dict(dict(heldout=False), **p) if isinstance(p, dict) else {}
-            for side in ("positive", "negative"):
-                p[side] = [p[side]] if isinstance(p.get(side), str) else p.get(side) or []
-            texts = [*p["positive"], *p["negative"]] if type(p["positive"]) is type(p["negative"]) is list else [0]
-            name, fine = p.get("name"), all(isinstance(t, str) and t.strip() for t in texts)
-            need(fine and p["positive"] and p["negative"] and not set(p["positive"]) & set(p["negative"])
-                 and set(p) == {"name", "positive", "negative", "heldout"} and isinstance(name, str)
-                 and name.strip() and name not in found and isinstance(p["heldout"], bool),
-                 f"{path}: principle {i} ({name!r}) needs a 'name' of its own, a 'positive' text (or a "
-                 "list of wordings) and its antithesis as the 'negative' one, may say whether it is "
-                 "'heldout' (true or false), and holds nothing else")
-            found[name] = p
+            try:
+                p = dict(dict(heldout=False), **p)
+                for side in ("positive", "negative"):
+                    p[side] = [p[side]] if isinstance(p[side], str) else p[side]
+                texts = [p["name"], *p["positive"], *p["negative"]]
+                fine = (len(p) == 4 and all(t.strip() for t in texts) and p["positive"] and p["negative"]
+                        and p["name"] not in found and isinstance(p["heldout"], bool)
+                        and not set(p["positive"]) & set(p["negative"]))
+            except (TypeError, KeyError, AttributeError, ValueError):
+                fine = False
+            need(fine, f"{path}: principle {i} must have a 'name' of its own, a 'positive' text (or a list "
+                 "of wordings) and as the 'negative' one its antithesis, may say whether it is 'heldout' "
+                 f"(true or false), and has nothing else: {p}")
+            found[p["name"]] = p
         return list(found.values())
 
     def read_queries(self, name):
         """-> dicts: query, line (where it stands), and what else its line holds."""
         path, rows, names = self.folder / name, [], [None, *(p["name"] for p in self.principles)]
-        form = '{"query": "..."}'
         need(path.is_file(), f"{path} is missing; run python {self.folder}/prepare.py, or write it: one "
-             f"{form} a line")
+             '{"query": "..."} a line')
         lines = path.read_bytes().rstrip().split(b"\n")  # no splitlines(): texts may hold U+2028
         for i, line in enumerate(lines, 1):
             try:
@@ -532,9 +532,9 @@ class Task:
                 fine = is_query(row["query"], self.chat) and row.get("focus") in names
             except (ValueError, KeyError, TypeError):
                 fine = False
-            need(fine, f"{path} line {i} is not of the form {form}, with a text, or with \"chat\" a list "
-                 "of messages {role, content} of user and assistant in turn, the user first and last; a "
-                 f"\"focus\" names a principle that is trained on: {line[:60]!r}")
+            need(fine, f'{path} line {i} must be {{"query": "..."}}, with a text, or with "chat" a list of '
+                 "messages {role, content} of user and assistant in turn, the user first and last; a "
+                 f'"focus" names a principle that is trained on: {line[:60]!r}')
             rows.append(dict(row, line=f"{path} line {i}"))
         return rows
 
@@ -614,8 +614,8 @@ def render(tokenizer, messages):
     need(tokenizer.chat_template, f"{model} has no chat template; choose a model that was tuned on "
          "chats, or leave out \"chat\"")
     first, *rest = messages
-    joined = [dict(rest[0], content=f"{first['content']}\n\n{rest[0]['content']}"), *rest[1:]] if rest else messages
-    for turns in (messages, joined):
+    joined = [dict(m, content=f"{first['content']}\n\n{m['content']}") for m in rest[:1]] + rest[1:]
+    for turns in (messages, joined or messages):
         with contextlib.suppress(jinja2.TemplateError):
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             if first["content"].strip() in text:  # some leave out a system message without a word
@@ -636,7 +636,7 @@ def encode(tokenizer, prompt, prefix=""):
         if ids[-1:] == [tokenizer.eos_token_id] != [tokenizer.bos_token_id]:
             ids = ids[:-1]
     else:
-        control = [re.escape(str(t)) for t in tokenizer.added_tokens_decoder.values() if t.special]
+        control = {re.escape(str(t)) for t in tokenizer.added_tokens_decoder.values() if t.special}
         control = re.compile("|".join(sorted(control, key=len, reverse=True)) or "(?!)")
         marked = [dict(m, content=control.sub(r"\0\g<0>\0", m["content"])) for m in prompt]
         text = render(tokenizer, marked)  # every other part between the marks is a text's own
@@ -657,9 +657,8 @@ def check_lengths(task, config, tokenizer, cfg):
     texts = sorted(texts, key=size)[-task.principles_per_constitution:]
     c = Constitution((), (), texts, task.numbered)
     for q in task.train + task.test:
-        both = [encode(tokenizer, fill(q["query"], c), task.response_prefix)
-                for fill in (task.prompt, task.sampling_prompt)]
-        longest = max(len(ids) + len(prefix) for ids, prefix in both)
+        longest = max(len(sum(encode(tokenizer, fill(q["query"], c), task.response_prefix), []))
+                      for fill in (task.prompt, task.sampling_prompt))
         need(longest + cfg.max_new_tokens <= limit, f"{q['line']}: its prompt has up to {longest} "
              f"tokens, which with --max_new_tokens={cfg.max_new_tokens} is more than the model's "
              f"context of {limit}; shorten the query")
@@ -1009,7 +1008,7 @@ def train(model, examples, steps, iteration, cfg):
             for e, cells in zip(group, score_examples(model, group, cfg)):
                 values = objective(e, cells, cfg)
                 total = total + share * values["loss"]
-                found = {k: found.get(k, 0) + share * float(v) for k, v in values.items()}
+                found = {k: found.get(k, 0) + share * float(v.detach()) for k, v in values.items()}
                 tokens += weight * (sum(map(len, e.prompts)) + cfg.n * sum(map(len, e.ids)))
             (total * WORLD).backward()  # gradients are averaged over processes
         *values, tokens = sum_processes([*found.values(), tokens])
@@ -1074,94 +1073,86 @@ def append(path, *rows):
 
 
 def record(cfg, row):
-    """Append to log.jsonl and show."""
     append(Path(cfg.out_dir) / "log.jsonl", row)
     if RANK == 0:
         log(row)
 
 
 def log(row):
-    """Print a line of log.jsonl: of a step, or what was measured on held-out queries."""
-    if "step" in row:
-        eta = f" | eta {row['seconds'] * (row['steps'] - row['step']):.0f} s"
-        numbers = " | ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
-        print(f"iteration {row['iteration']} step {row['step']:2}/{row['steps']} | {numbers}{eta}",
-              flush=True)
-    else:
-        shown = " | ".join(f"{k} {row[k]:.3f} ± {row[k + '_se']:.3f}" for k in
-                           ("infonce", "row_accuracy", "col_accuracy"))
-        print(f"{row['model']}, held out: {shown} | infonce is at most {row['infonce_cap']:.3f} nats",
-              flush=True)
+    """Print a line of log.jsonl: a step, or what was measured on held-out queries."""
+    numbers = " | ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
+    name, steps = f"iteration {row['iteration']}" if row["iteration"] else "base", row.get("steps")
+    if steps:
+        name += f" step {row['step']:2}/{steps}"
+        numbers += f" | eta {row['seconds'] * (steps - row['step']):.0f} s"
+    print(f"{name} | {numbers}" if steps else f"{name}, held out | {numbers}", flush=True)
 
 
 def measure(model, tokenizer, task, iteration, cfg):
     """Log what held-out queries tell of this iteration's model, and show one of them."""
     if not cfg.eval_queries:
         return
-    means, scored = heldout_information(model, tokenizer, task, cfg)
-    name = f"iteration {iteration}" if iteration else "base"
-    record(cfg, dict(iteration=iteration, model=name, **means))
-    e, logp, _ = scored[0]
-    say(f"  x: {' '.join(flat(e.query).split())[:90]}")
-    for i, (c, row, y) in enumerate(zip(e.constitutions, logp.tolist(), e.responses), 1):
-        say(f"  logp(y_1 ... y_{cfg.n} | c_{i})" + "".join(f"{value:8.3f}" for value in row)
-            + f"   c_{i}: {' '.join(c.split())[:60]}\n    y_{i}: {' '.join(y.split())[:100]}")
+    means, [(e, logp, _), *_] = heldout_information(model, tokenizer, task, cfg)
+    record(cfg, dict(iteration=iteration, **means))
+    line = lambda text: " ".join(text.split())[:100]
+    say(f"  x: {line(flat(e.query))}\n  logp" + "".join(f"{f'y_{j}':>8}" for j in range(1, cfg.n + 1)))
+    for i, (c, row) in enumerate(zip(e.constitutions, logp.tolist()), 1):
+        say(f"   c_{i}" + "".join(f"{value:8.3f}" for value in row) + f"   {line(c)}")
+    for j, y in enumerate(e.responses[:2], 1):
+        say(f"  y_{j}: {line(y)}")
 
 
-LAYOUT = ("resume", "out_dir", "parallel", "checkpointing", "device", "sample_batch", "tokens_per_pass")
+LAYOUT = "resume out_dir parallel checkpointing device sample_batch tokens_per_pass".split()
 
 
 def open_out_dir(cfg, task):
-    """Make cfg.out_dir this run's own, and write sami.json -> the first iteration that is not there,
-    and a lock that lasts as long as it is kept. Raises BadInput."""
-    out_dir, inside = Path(cfg.out_dir), Path(cfg.model).resolve().parents
-    need(not out_dir.is_file(), f"--out_dir={out_dir} is a file; name a folder")
-    need(out_dir.resolve() not in inside, f"--model={cfg.model} lies in --out_dir; name another")
-    used, old = out_dir.exists() and any(out_dir.iterdir()), out_dir / "sami.json"
-    need(cfg.resume or not used or old.exists(), f"--out_dir={out_dir} holds other things than a run; "
-         "name another folder")
-    packages = ("torch", "transformers", "numpy")
-    about = dict(
-        config=dataclasses.asdict(cfg), world_size=WORLD,
-        versions={name: importlib.metadata.version(name) for name in packages},
-        git_commit=subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
-                                  capture_output=True, text=True).stdout.strip(),
-        task_sha256=hashlib.sha256(json.dumps(vars(task), default=str).encode()).hexdigest())
-    if cfg.resume and old.exists():
-        before = read_json(old, dict)
-        for name, value in about["config"].items():
-            was = before.get("config", {}).get(name)
+    """Make cfg.out_dir this run's own -> its first iteration that is not there yet, and a lock that
+    lasts while it is kept. Raises BadInput."""
+    out_dir, about_path = Path(cfg.out_dir), Path(cfg.out_dir) / "sami.json"
+    used = out_dir.is_file() or out_dir.is_dir() and any(out_dir.iterdir())
+    need(not used or about_path.exists() or cfg.resume and out_dir.is_dir(), f"--out_dir={out_dir} holds "
+         "other things than a run; name another folder")
+    need(out_dir.resolve() not in Path(cfg.model).resolve().parents,
+         f"--model={cfg.model} lies in --out_dir, where this run goes; name another --out_dir")
+    commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, text=True,
+                            capture_output=True).stdout.strip()
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
+    sha256 = hashlib.sha256(json.dumps(vars(task), default=str).encode()).hexdigest()
+    about = dict(config=vars(cfg), task_sha256=sha256, world_size=WORLD, versions=versions, commit=commit)
+    done, path, logged = 0, out_dir / "log.jsonl", []
+    if cfg.resume and about_path.exists():
+        before = read_json(about_path, dict)
+        need(before["task_sha256"] == sha256, f"{cfg.task} has changed since the run in {out_dir} began: "
+             "put it back, or start a new run without --resume")
+        for name, value in vars(cfg).items():
+            was = before["config"].get(name)
             need(name in LAYOUT or was == value, f"the run in {out_dir} has --{name}={was}, not {value}: "
                  "resume it with its own flags, or start a new one without --resume")
-        need(before["task_sha256"] == about["task_sha256"], f"{cfg.task} has changed since the run in "
-             f"{out_dir} began: put it back, or start a new run without --resume")
-    done = [k for k in range(1, cfg.iterations + 1) if (out_dir / f"iteration-{k}").is_dir()]
-    first = 1 + len(done) if cfg.resume else 1
+        done = sum((out_dir / f"iteration-{k}").is_dir() for k in range(1, cfg.iterations + 1))
+        for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+            with contextlib.suppress(ValueError):  # half a line
+                logged += [json.loads(line)]
     sum_processes([0])  # all have looked
     if RANK > 0:
-        return first, None
-    lock = filelock.FileLock(out_dir / "lock")
+        return done + 1, None
     try:
+        lock = filelock.FileLock(out_dir / "lock")
         if used:
             lock.acquire(blocking=False)
         if used and not cfg.resume:
             aside = next(p for k in itertools.count(1) if not (p := Path(f"{out_dir}.{k}")).exists())
             out_dir.rename(aside)
-            lock.release()
             say(f"the earlier run in {out_dir} is now in {aside}")
+            lock.release()
         (out_dir / "samples").mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except filelock.Timeout:
         raise BadInput(f"another run is at work in {out_dir}; name another --out_dir, or wait")
-    logged, path = [], out_dir / "log.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):  # half a line
-            logged.append(json.loads(line))
-    logged = [json.dumps(row) + "\n" for row in logged if row["iteration"] < first and first > 1]
-    for path, text in ((path, "".join(logged)), (old, json.dumps(about, indent=1))):
+    kept = [json.dumps(row) + "\n" for row in logged if 0 < done >= row["iteration"]]
+    for path, text in ((path, "".join(kept)), (about_path, json.dumps(about, indent=1))):
         Path(f"{path}.tmp").write_text(text, encoding="utf-8")
         Path(f"{path}.tmp").replace(path)
-    return first, lock
+    return done + 1, lock
 
 
 def main(argv):
@@ -1191,8 +1182,8 @@ def main(argv):
     if first == 1:
         measure(model, tokenizer, task, 0, cfg)
     for iteration in range(first, cfg.iterations + 1):
-        wanted = steps[iteration - 1] * cfg.batch_size
         # --- sample with the last iteration's model
+        wanted = steps[iteration - 1] * cfg.batch_size
         examples = collect(model, tokenizer, task, cfg, iteration, wanted)
         # --- start again from the base
         if cfg.restart and iteration > 1:
@@ -1202,9 +1193,9 @@ def main(argv):
             base = model if cfg.restart or iteration == 1 else load_model(cfg.model, device, cfg)
             add_base_logps(base, examples, cfg)
             base = None
-        # --- a few steps; fewer where the filters left too little
+        # --- a few steps, fewer where the filters left too little
         train(model, examples, math.ceil(len(examples) / cfg.batch_size), iteration, cfg)
-        # --- measure, and save: an iteration whose folder is there is finished
+        # --- measure and save: an iteration whose folder is there is finished
         measure(model, tokenizer, task, iteration, cfg)
         save_model(model, tokenizer, out_dir / f"iteration-{iteration}")
         sum_processes([0])
