@@ -196,7 +196,7 @@ class HeadLogps(torch.autograd.Function):
     def forward(ctx, h, w, b, target, scale, cap):
         rows = max(1, 2**22 // len(w))  # 16 MB of logits
         ctx.parts = [slice(k, k + rows) for k in range(0, len(h), rows)]
-        norm, logp = h.new_empty(2, len(h), dtype=torch.float32)
+        norm, logp = (h.new_empty(len(h), dtype=torch.float32) for _ in range(2))
         for part in ctx.parts:
             z = HeadLogps.logits(h[part], w, b, scale, cap)
             norm[part] = z.logsumexp(-1)
@@ -1080,12 +1080,13 @@ def record(cfg, row):
 
 def log(row):
     """Print a line of log.jsonl: a step, or what was measured on held-out queries."""
-    numbers = " | ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
-    name, steps = f"iteration {row['iteration']}" if row["iteration"] else "base", row.get("steps")
-    if steps:
-        name += f" step {row['step']:2}/{steps}"
-        numbers += f" | eta {row['seconds'] * (steps - row['step']):.0f} s"
-    print(f"{name} | {numbers}" if steps else f"{name}, held out | {numbers}", flush=True)
+    error = lambda k: f" ± {row[k + '_se']:.2g}" if k + "_se" in row else ""
+    numbers = " | ".join(f"{k} {v:.4g}{error(k)}" for k, v in row.items()
+                         if isinstance(v, float) and not k.endswith("_se"))
+    if "step" in row:
+        eta = row["seconds"] * (row["steps"] - row["step"])
+        numbers = f"step {row['step']:2}/{row['steps']} | {numbers} | eta {eta:.0f} s"
+    print(f"iteration {row['iteration']} {numbers}", flush=True)
 
 
 def measure(model, tokenizer, task, iteration, cfg):
@@ -1094,12 +1095,10 @@ def measure(model, tokenizer, task, iteration, cfg):
         return
     means, [(e, logp, _), *_] = heldout_information(model, tokenizer, task, cfg)
     record(cfg, dict(iteration=iteration, **means))
-    line = lambda text: " ".join(text.split())[:100]
-    say(f"  x: {line(flat(e.query))}\n  logp" + "".join(f"{f'y_{j}':>8}" for j in range(1, cfg.n + 1)))
-    for i, (c, row) in enumerate(zip(e.constitutions, logp.tolist()), 1):
-        say(f"   c_{i}" + "".join(f"{value:8.3f}" for value in row) + f"   {line(c)}")
-    for j, y in enumerate(e.responses[:2], 1):
-        say(f"  y_{j}: {line(y)}")
+    say(f"  logp of y_1 ... y_{cfg.n} to: {' '.join(flat(e.query).split())[:70]}")
+    for i, (c, y, row) in enumerate(zip(e.constitutions, e.responses, logp.tolist()), 1):
+        values = "".join(f"{value:8.3f}" for value in row)
+        say(f"  c_{i}{values}  {' '.join(c.split())[:60]}\n       y_{i}: {' '.join(y.split())[:90]}")
 
 
 LAYOUT = "resume out_dir parallel checkpointing device sample_batch tokens_per_pass".split()
