@@ -109,7 +109,8 @@ if __name__ == "__main__" and any(a.startswith("--rescore=") for a in sys.argv):
 
 import sami
 import torch
-from sami import BadInput, Constitution, RunFailed, compute, encode, flat, load_model, load_tokenizer, need, rng, write
+from sami import BadInput, Constitution, RunFailed, compute, encode, flag, flat, load_model
+from sami import load_tokenizer, need, rng_for
 
 SETS = ("learned", "heldout", "positive", "negative", "mixed", "paraphrased", "reordered")
 JUDGED = ("learned", "heldout", "positive")  # the sets in which responses are compared
@@ -117,25 +118,35 @@ JUDGED = ("learned", "heldout", "positive")  # the sets in which responses are c
 
 @dataclass
 class Config:
-    out_dir: str = "out"  # a run of sami.py (or of its --seeds, with folders seed-*); results go there too
-    task: str = ""  # task folder; default: the one that the run was trained on
-    models: str = ""  # name=path,name=path to compare instead of a run; a path may be a .jsonl of responses
-    queries: int = 200  # test queries to answer; 0 = all
-    sets: str = "learned,heldout,positive,negative,mixed,paraphrased,reordered"  # constitutions to answer under
-    judge: str = "rules"  # rules (rules.py of the task) | model:<folder or hub name> | api:<model name>
-    judge_url: str = "https://api.openai.com/v1"  # server of an api judge
-    orders: str = "both"  # a judge sees both orders, and a tie is where they disagree | one, at random, as in the paper
-    price: str = ""  # of an api judge: USD per million tokens read and written, such as 2.5,10
-    max_cost: float = 0.0  # USD that an api judge may cost in one run; 0 = no limit
-    concurrency: int = 16  # calls of an api judge at a time
-    rescore: str = ""  # only recompute the rates of this file of verdicts
-    format: str = "table"  # of the printed results: table | markdown | latex | csv
-    max_new_tokens: int = 0  # longest response; 0 = as in the run
-    sample_gb: float = 0.0  # memory for responses sampled side by side; 0 = as in the run
-    tokens_per_pass: int = 0  # tokens in one scoring pass; 0 = as in the run; lower it when memory runs out
-    seed: int = 1  # draws are functions of it: evaluations with the same seed ask the same
-    device: str = "auto"  # auto | cpu | cuda | mps
-    dtype: str = "auto"  # of computation: auto | float32 | bfloat16
+    out_dir: str = flag("out", "a run of sami.py, or a folder of runs seed-*; results go there too")
+    task: str = flag("", "task folder; default: the one that the run was trained on")
+    models: str = flag("", "name=path,name=path to compare instead of a run; a path may be a "
+                       ".jsonl of responses")
+    queries: int = flag(200, "test queries to answer; 0 = all", low=0)
+    sets: str = flag(",".join(SETS), "constitutions to answer under")
+    judge: str = flag("rules", "rules (rules.py of the task), model:<folder or hub name> or "
+                      "api:<model name>")
+    judge_url: str = flag("https://api.openai.com/v1", "server of an api judge")
+    orders: str = flag("both", "a judge sees both orders, and a tie is where they disagree; or "
+                       "one, at random, as in the paper", "both", "one")
+    price: str = flag("", "of an api judge: USD per million tokens read and written, as in 2.5,10")
+    max_cost: float = flag(0.0, "USD that an api judge may cost in one run; 0 = no limit", low=0)
+    concurrency: int = flag(16, "calls of an api judge at a time", low=1)
+    rescore: str = flag("", "only recompute the rates of this file of verdicts")
+    format: str = flag("table", "of the printed results", "table", "markdown", "latex", "csv")
+    max_new_tokens: int = flag(0, "longest response; 0 = as in the run", low=0)
+    sample_batch: int = flag(0, "responses sampled side by side; 0 = as in the run", low=0)
+    tokens_per_pass: int = flag(0, "tokens scored at once; 0 = as in the run", low=0)
+    seed: int = flag(1, "draws are functions of it: evaluations with the same one ask the same",
+                     low=0)
+    device: str = flag("auto", "where it runs", "auto", "cpu", "cuda", "mps")
+    dtype: str = flag("auto", "of computation: bfloat16 on GPUs", "auto", "float32", "bfloat16")
+
+
+def write(path, text):
+    """All of a file or nothing of it: written under a temporary name, then renamed."""
+    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
+    Path(f"{path}.tmp").replace(path)
 
 
 # ------------------------------------------------------------------------------------------------------ what is asked
@@ -155,7 +166,7 @@ def make_items(task, cfg):
     sets, k, items = cfg.sets.split(","), task.principles_per_constitution, []
     need(set(sets) <= set(SETS), f"--sets={cfg.sets}: choose from {','.join(SETS)}")
     for i, q in enumerate(task.test[:cfg.queries or None]):
-        draw = rng(cfg.seed, 0, i, 10)
+        draw = rng_for(cfg.seed, 0, i, 10)
         made = dict(learned=task.draw(draw, 1, q.get("focus"))[0])
         if len(task.heldout) >= k:
             made["heldout"] = task.draw(draw, 1, heldout=True)[0]
@@ -180,11 +191,12 @@ def read_responses(path, task, tokenizer):
     for i, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines()):
         try:
             row = json.loads(line)
-            query, c, text = sami.as_query(row["query"]), row["constitution"] + "", row["response"] + ""
+            query, c, text = row["query"], row["constitution"] + "", row["response"] + ""
+            fine = sami.is_query(query, task.chat)
         except (ValueError, KeyError, TypeError):
-            query = None
-        need(query, f'{path} line {i + 1} has to hold the texts "query" (or a list of messages), "constitution" and '
-             '"response"')
+            fine = False
+        need(fine, f'{path} line {i + 1} has to hold the texts "query" (or, with "chat" in '
+             'task.json, a list of messages), "constitution" and "response"')
         tokens = row.get("tokens", len(tokenizer(text).input_ids if tokenizer else text.split()))
         items.append(dict(set=row.get("set", "learned"), index=row.get("index", i), query=query, constitution=c,
                           sides=row.get("sides") or {name: side for w, name, side in wordings if w in c}))
@@ -196,17 +208,18 @@ def read_responses(path, task, tokenizer):
 # ----------------------------------------------------------------------------------------------- what one model does
 
 
-def information(model, tokenizer, task, settings, device, dtype):
+def information(model, tokenizer, task, settings):
     """sami.py's heldout_information, query by query; `matched` has each response with its own prompt and log-prob."""
-    held, values = sami.heldout_information(model, tokenizer, task, settings, device, dtype), {}
-    for e in held["examples"]:
-        logp, tokens = e["logp"].cpu(), torch.tensor([len(y) for y in e["ids"]])  # (n, n), (n,)
+    (_, scored), values = sami.heldout_information(model, tokenizer, task, settings), {}
+    for e, logp, measures in scored:
+        tokens = torch.tensor([len(y) for y in e.ids])  # (n,); logp is (n, n)
         total = logp * tokens if settings.reduce == "mean" else logp  # summed over tokens
-        new = {name: float(e["measures"][name]) for name in ("infonce", "row_accuracy", "col_accuracy")}
+        new = {name: measures[name] for name in ("infonce", "row_accuracy", "col_accuracy")}
         # what the paper's text calls mutual information: never below infonce (Jensen), and without its cap
         new["mean_of_logs_no_bound"] = float((total.diag() - total.mean(0)).mean())
         new["matrix"] = (logp - logp.mean(0)).numpy()
-        new["matched"] = [((tuple(p), tuple(y)), float(t)) for p, y, t in zip(e["prompts"], e["ids"], total.diag())]
+        new["matched"] = [((tuple(p), tuple(y)), float(t))
+                          for p, y, t in zip(e.prompts, e.ids, total.diag())]
         for name, value in new.items():
             values.setdefault(name, []).append(value)
     return values
@@ -277,7 +290,7 @@ def ask_models(paths, task, cfg, settings):
     """-> items, answers {name: {(query, constitution): answer}}, values {name: {key: list}}, infos {name: information}.
 
     paths: {name: folder, hub name or .jsonl}; the first is the baseline, under which fluency and KL are taken."""
-    (device, dtype), rules, first = sami.pick_device(cfg), load_rules(task), next(iter(paths))
+    device, rules, first = sami.pick_device(cfg), load_rules(task), next(iter(paths))
     small = {name: load_tokenizer(path) for name, path in paths.items() if not path.endswith(".jsonl")}
     for config, tokenizer in small.values():  # before any weights load
         sami.check_lengths(task, config, tokenizer, settings)
@@ -290,21 +303,22 @@ def ask_models(paths, task, cfg, settings):
     asked = {pair_of(it): (it["query"], it["constitution"]) for it in items}  # what comes up twice is run once
     for name in reversed(small):  # the baseline last: it stays and scores what all of them said
         model, tokenizer, started = None, small[name][1], time.time()  # None: one model in memory at a time
-        model = load_model(paths[name], device)
-        with compute(device, dtype):
-            said = sami.answer(model, tokenizer, task, list(asked.values()), settings, 0, 0, name)
+        model = load_model(paths[name], device, settings)
+        found = sami.respond(model, tokenizer, task, list(asked.values()), settings, 0, 0, name)
         try:
-            infos[name] = information(model, tokenizer, task, settings, device, dtype)
+            infos[name] = information(model, tokenizer, task, settings)
         except RunFailed as e:  # a model that has collapsed is a result too
             print(f"{name}: no matrices: {e}", file=sys.stderr)
-        for a in said:  # what a stop string cut short has ended too
-            a.update(tokens=len(a["response"]), ended=a["ended"] or len(a["response"]) < settings.max_new_tokens)
+        # what a stop string cut short has ended too
+        said = [dict(prompt=prompt, response=ids, text=text, tokens=len(ids),
+                     ended=ended or len(ids) < settings.max_new_tokens)
+                for prompt, ids, text, ended in found]
         answers[name] = dict(zip(asked, said))
         print(f"{name}: {len(said)} responses in {time.time() - started:.1f} s", file=sys.stderr, flush=True)
     if first in small:
         ids = [ids_of(answers[name][pair_of(it)]) for name in small for it in items if it["set"] == "learned"]
         ids += [ids for info in infos.values() for matched in info["matched"] for ids, _ in matched]
-        with compute(device, dtype):
+        with compute(model, settings):
             base_logps = score_under(model, [(p, y) for p, y in ids if y], 2 * settings.tokens_per_pass)
     values = {name: describe(items, answers[name], answers[first], infos.get(name, {}), base_logps, task, rules)
               for name in paths}
@@ -379,9 +393,9 @@ def model_judge(path, cfg, budget):
     _, tokenizer = load_tokenizer(path)
 
     def judge(shown):
-        device, dtype = sami.pick_device(cfg)
-        with compute(device, dtype):
-            found = preferences(load_model(path, device), tokenizer, [judge_prompt(*s) for s in shown], budget)
+        model = load_model(path, sami.pick_device(cfg), cfg)
+        with compute(model, cfg):
+            found = preferences(model, tokenizer, [judge_prompt(*s) for s in shown], budget)
         return ["A" if d > 0 else "B" if d < 0 else None for d in found]
     return judge
 
@@ -534,7 +548,8 @@ def compare(judge, comparisons, orders, seed):
     Orders that disagree are a tie, which takes out a love of one position; identical texts are a tie without asking."""
     shown, plan, votes = [], [], [[] for _ in comparisons]
     for k, (item, baseline, test) in enumerate(comparisons):
-        flips = [True, False] if orders == "both" else [bool(rng(seed, item["index"]).integers(2))]
+        one = bool(rng_for(seed, item["index"]).integers(2))
+        flips = [True, False] if orders == "both" else [one]
         for first in flips if baseline != test else []:
             plan.append((k, first))
             shown.append((item, test, baseline) if first else (item, baseline, test))
@@ -726,8 +741,10 @@ def load_run(cfg):
     else:
         need(cfg.models, f"{out_dir}/sami.json is missing: run `python sami.py --out_dir={out_dir}` first, or name "
              "--models=name=path,...")
-    given = {k: v for k in ("task", "max_new_tokens", "sample_gb", "tokens_per_pass") if (v := getattr(cfg, k))}
-    settings = dataclasses.replace(settings, seed=cfg.seed, eval_queries=settings.eval_queries or 64, **given)
+    given = {k: v for k in ("task", "max_new_tokens", "sample_batch", "tokens_per_pass")
+             if (v := getattr(cfg, k))}
+    settings = dataclasses.replace(settings, seed=cfg.seed, device=cfg.device, dtype=cfg.dtype,
+                                   eval_queries=settings.eval_queries or 64, **given)
     if cfg.models:
         paths = dict(part.partition("=")[::2] for part in cfg.models.split(","))
         need(len(paths) == cfg.models.count(",") + 1, f"--models={cfg.models}: give every model its own name")
@@ -772,12 +789,10 @@ def main(argv):
     cfg = sami.parse(Config, argv)
     need(sami.WORLD == 1, "evaluate.py runs in one process: start it with python")
     if cfg.rescore:
-        return rescore(cfg.rescore)
-    for name, allowed in dict(orders=("both", "one"), format=("table", "markdown", "latex", "csv")).items():
-        need(getattr(cfg, name) in allowed, f"--{name}={getattr(cfg, name)}: choose one of {', '.join(allowed)}")
-    for name in ("queries", "max_cost", "seed", "max_new_tokens", "sample_gb", "tokens_per_pass"):
-        need(getattr(cfg, name) >= 0, f"--{name} must not be negative, it is {getattr(cfg, name)}")
-    need(cfg.concurrency >= 1, f"--concurrency must be at least 1, it is {cfg.concurrency}")
+        try:
+            return rescore(cfg.rescore)
+        except ValueError as e:
+            raise BadInput(e)
     found = [] if cfg.models else sorted(p.parent for p in Path(cfg.out_dir).glob("seed-*/sami.json"))
     seeds = [p for p in found if p.name[5:].isdigit()]  # seed-1.1 is an earlier run that was moved aside
     if seeds:

@@ -65,7 +65,7 @@ class Config:
     steps: str = flag("4,8,12", "gradient steps: one number, or one for each iteration")
     batch_size: int = flag(16, "queries a step, over all processes", low=1)
     n: int = flag(4, "constitutions per query, one response each", low=2)
-    lr: float = flag(3e-4, "learning rate", low=0)
+    lr: float = flag(1e-4, "learning rate", low=0)
     optimizer: str = flag("adamw", "rmsprop takes half the memory", "adamw", "rmsprop")
     grad_clip: float = flag(1.0, "largest gradient norm; 0 = no clipping", low=0)
     beta: float = flag(0.1, "weight of the KL to the base; 0 = none, as in the paper", low=0)
@@ -475,13 +475,12 @@ class Task:
     def __init__(self, folder):
         path = Path(folder) if str(folder).endswith(".json") else Path(folder) / "task.json"
         spec = read_json(path, dict)
+        spec = {**TASK_KEYS, "scoring_prompt": spec.get("sampling_prompt", ""), **spec}
         for key, value in spec.items():
             need(key in TASK_KEYS, f"{path}: unknown key {key!r}; there are {', '.join(TASK_KEYS)}")
-            kind = type(TASK_KEYS[key])
-            fine = kind is not list or all(v and isinstance(v, str) for v in [*value])
-            need(isinstance(value, kind) and fine, f"{path}: {key!r} must be a {kind.__name__}"
-                 f"{' of texts' * (kind is list)}, not {value!r}")
-        spec = {**TASK_KEYS, "scoring_prompt": spec.get("sampling_prompt", ""), **spec}
+            kind, texts = type(TASK_KEYS[key]), value if isinstance(value, list) else []
+            need(type(value) is kind and all(t and isinstance(t, str) for t in texts), f"{path}: {key!r}"
+                 f" must be a {kind.__name__}{' of texts' * (kind is list)}, not {value!r}")
         need(spec["others"] in ("independent", "complement"),
              f"{path}: 'others' must be independent or complement")
         for key in ("sampling_prompt", "scoring_prompt"):

@@ -1,4 +1,4 @@
-"""The SAMI loss is two cross entropies of one n x n matrix: of its rows and of its columns, with the diagonal right."""
+"""The SAMI loss is two cross entropies of one n x n matrix: of its rows and of its columns."""
 import math
 
 import pytest
@@ -23,7 +23,8 @@ def test_two_by_two_by_hand():
 @pytest.mark.parametrize("contrast", ["two-sided", "constitutions", "responses"])
 def test_chance_is_log_n_and_certainty_is_zero(n, contrast):
     assert sami_loss(torch.full((n, n), -3.0), contrast).item() == pytest.approx(math.log(n))
-    assert sami_loss(torch.eye(n) * 1000 - 2000, contrast).item() == 0  # log-probs of -1000 and -2000
+    certain = torch.eye(n) * 1000 - 2000  # log-probs of -1000 and -2000
+    assert sami_loss(certain, contrast).item() == 0
 
 
 def test_five_constitutions_against_plain_arithmetic():
@@ -36,13 +37,14 @@ def test_five_constitutions_against_plain_arithmetic():
 
 
 def test_transposition_swaps_the_two_terms():
-    assert sami_loss(LOGP.T, "responses") == sami_loss(LOGP, "constitutions") != sami_loss(LOGP, "responses")
+    row, col = (sami_loss(LOGP, contrast) for contrast in ("responses", "constitutions"))
+    assert sami_loss(LOGP.T, "responses") == col != row == sami_loss(LOGP.T, "constitutions")
     assert sami_loss(LOGP.T) == sami_loss(LOGP)
 
 
 def test_each_term_is_blind_to_its_own_kind_of_shift():
-    """A constitution that raises all responses alike moves the column term only; a response that is likely under every
-    constitution (a short one, a dull one) moves the row term only."""
+    """A constitution that raises all responses alike moves the column term only; a response that is
+    likely under every constitution (a short one, a dull one) moves the row term only."""
     for shift, blind, sighted in ((torch.tensor([[1.0], [0]]), "responses", "constitutions"),
                                   (torch.tensor([[1.0, 0]]), "constitutions", "responses")):
         assert sami_loss(LOGP + shift, blind).item() == pytest.approx(sami_loss(LOGP, blind).item())

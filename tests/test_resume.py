@@ -1,15 +1,17 @@
-"""A run that is killed, stopped, out of disk space or damaged goes on to the very weights of one that was not."""
+"""A run that is killed, out of disk space or cut short ends in the very bytes of one that was not."""
 import hashlib, json, os, random, re, resource, shutil, signal, socket, sys, threading, time
 from pathlib import Path
 
 import pytest
 import torch
+import transformers.distributed  # here, so that forked processes need not import it
 from transformers import AutoModelForCausalLM
 
 import sami, tiny
 from test_parallel import launch
 
-RUN = ["--iterations=2", "--steps=2,3", "--eval_queries=2", "--save_every=1", "--temperature=0.5"]
+RUN = ["--iterations=2", "--steps=2,3", "--eval_queries=2", "--temperature=0.5"]
+PHASES = dict(collect="sampling", train="training", save_model="saving", measure="measuring")
 
 
 def free_port():
@@ -18,37 +20,72 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start(flags, world=1, largest_file=None, unreadable=False):
-    """`sami.py flags` in `world` forked processes -> their ids. What they say goes to a file beside out_dir."""
-    port, children = free_port(), []
-    said = Path(next(f for f in flags if f.startswith("--out_dir=")).partition("=")[2]).parent / "said"
+def beside(flags):
+    """The folder that holds out_dir."""
+    return Path(next(f for f in flags if f.startswith("--out_dir=")).partition("=")[2]).parent
+
+
+def note(path, name, count=1):
+    """Add a line to a file of path: when, what."""
+    if sami.RANK == 0:
+        with open(path / name, "a") as f:
+            f.write(f"{time.time()} {count}\n")
+
+
+def noted(path, name):
+    """-> [(when, what)]"""
+    text = (path / name).read_text() if (path / name).exists() else ""
+    return [(float(line.split()[0]), line.split()[1]) for line in text.split("\n")[:-1]]
+
+
+def watch(path):
+    """Write down which phase begins, and how many training queries are sampled."""
+    def phase(function, name):
+        return lambda *args: (note(path, "phases", name), function(*args))[1]
+
+    for name, what in PHASES.items():
+        setattr(sami, name, phase(getattr(sami, name), what))
+    real = sami.sample_examples
+
+    def counting(model, tokenizer, task, queries, cfg, iteration, *rest):
+        if iteration > 0:
+            note(path, "sampled", len(queries))
+        return real(model, tokenizer, task, queries, cfg, iteration, *rest)
+
+    sami.sample_examples = counting
+
+
+def start(flags, world=1, largest_file=None):
+    """`sami.py flags` in `world` forked processes -> their ids. What they say goes to a file."""
+    port, children, path = free_port(), [], beside(flags)
     for rank in range(world):
         if pid := os.fork():
             children.append(pid)
             continue
         code = 99
-        signal.alarm(120)  # ends it: a test may fail but not hang
+        signal.alarm(100)  # ends it: a test may fail but not hang
         try:
-            os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
-            sami.tqdm.set_lock(threading.RLock())  # not the one that all forks share: who is killed may hold it
-            sami.RANK, sami.WORLD, sami.NODE, sys.argv = rank, world, world, ["sami.py", *flags]
-            sys.stdout = sys.stderr = open(said, "a", buffering=1)
+            os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank),
+                              LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+            sami.tqdm.set_lock(threading.RLock())  # not the one that all forks share
+            sami.RANK, sami.WORLD, sami.LOCAL_RANK, sami.NODE = rank, world, rank, world
+            sys.argv = ["sami.py", *flags]
+            sys.stdout = sys.stderr = open(path / "said", "a", buffering=1)
+            watch(path)
             if largest_file:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-            if unreadable and rank == world - 1:
-                hashlib.file_digest = broken
             sami.run(sami.main)
+            note(path, "phases", "done")
             code = 0
         except SystemExit as e:
             code = e.code
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            code = 1
         finally:
             os._exit(code)
     return children
-
-
-def broken(*_):
-    raise OSError("input/output error")
 
 
 def finish(children):
@@ -56,18 +93,32 @@ def finish(children):
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
 
 
+def ended(pid):
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def kill(children, sig=signal.SIGKILL):
     for pid in children:
         os.kill(pid, sig)
 
 
+def await_phase(path, children, phase, iteration=1):
+    """Until this run begins the phase for the iteration-th time from now, or has ended."""
+    before = len(noted(path, "phases"))
+    while not any(map(ended, children)):
+        if [what for _, what in noted(path, "phases")[before:]].count(phase) == iteration:
+            return
+        time.sleep(0.001)
+
+
 def left(path):
-    """All that a run leaves that does not depend on the clock: digests of weights and samples, the log."""
+    """What does not depend on the clock: digests of weights and samples, the log."""
     out = path / "out"
     files = [*sorted(out.glob("iteration-*/model.safetensors")), *sorted(out.glob("samples/*"))]
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return ([hashlib.sha256(f.read_bytes()).hexdigest() for f in files],
-            [{k: v for k, v in row.items() if "second" not in k} for row in log])
+    return ([(f.name, hashlib.sha256(f.read_bytes()).hexdigest()) for f in files],
+            [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")}
+             for row in log])
 
 
 def said(path):
@@ -76,172 +127,209 @@ def said(path):
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 process", "2 processes"])
 def undisturbed(request, tmp_path_factory):
-    """A whole run: number of processes, its folder, its flags, how long it took."""
+    """A whole run: number of processes, its folder, its flags."""
     path = tmp_path_factory.mktemp("whole")
-    flags, began = [*tiny.folder(path), *RUN], time.time()
+    flags = [*tiny.folder(path), *RUN]
     assert finish(start(flags, request.param)) == [0] * request.param, said(path)
-    assert len(left(path)[0]) == 4 and len(left(path)[1]) == 5
-    return request.param, path, flags, time.time() - began
+    digests, log = left(path)
+    assert len(digests) == 4 and len(log) == 5 + 3, "5 steps, and 3 models on held-out queries"
+    return request.param, path, flags
 
 
 def like(undisturbed, path):
     """The flags of the same run in another folder."""
-    _, whole, flags, _ = undisturbed
+    _, whole, flags = undisturbed
+    path.mkdir(exist_ok=True)
     return [f.replace(f"--out_dir={whole}", f"--out_dir={path}") for f in flags]
 
 
 def test_killed_at_twenty_random_moments(undisturbed, tmp_path):
-    """Sampling, within a step, while saving, between iterations; two processes are killed together."""
-    world, whole, _, seconds = undisturbed
-    chance, kills, runs, places = random.Random(world), 0, 0, set()
-    while kills < 20:
+    """Sampling, within a step, while saving; two processes are killed together."""
+    world, whole, _ = undisturbed
+    times, lasted = noted(whole, "phases"), {}
+    for (begun, what), (over, _) in zip(times, times[1:]):
+        lasted[what] = max(lasted.get(what, 0), over - begun)
+    chance, places, runs = random.Random(world), [], 0
+    while len(places) < 20:
         path, runs = tmp_path / str(runs), runs + 1
-        path.mkdir()
-        flags = like(undisturbed, path)
-        codes = [-9]
-        while codes[0] == -9:
-            children = start([*flags, "--resume"], world)
-            if kills < 20:
-                time.sleep(chance.uniform(0.2, 0.7) * seconds)
+        flags, codes = [*like(undisturbed, path), "--resume"], [-9]
+        while -9 in codes:
+            children = start(flags, world)
+            if len(places) < 20:
+                phase = ("sampling", "training", "saving")[len(places) % 3]
+                await_phase(path, children, phase)
+                time.sleep(chance.uniform(0, lasted[phase]))
                 kill(children)
             codes = finish(children)
-            kills += codes[0] == -9
-            states = sorted((path / "out/state").glob("*[0-9]")) if (path / "out/state").exists() else []
-            assert len(states) <= 4, "the last two are kept, and what a kill left there when it was to be cleared away"
-            files = [s / "state.json" for s in states]
-            places |= {(state["iteration"], state["step"]) for state in
-                       (json.loads(f.read_text()) for f in files if f.exists())}
+            if -9 in codes:
+                places.append((noted(path, "phases") or [(0, "start")])[-1][1])
         assert codes == [0] * world, said(path)
         assert left(path) == left(whole)
-    assert len(places) > 4, "killed in different places"
+        assert not list((path / "out").glob("*.tmp"))
+    assert all(places.count(phase) >= 3 for phase in ("sampling", "training", "saving")), places
 
 
-def test_sigterm_saves_and_says_how_to_go_on(undisturbed, tmp_path):
-    world, whole, _, seconds = undisturbed
+def unfinished(whole, path):
+    """A copy of the run as it was while it sampled for iteration 2."""
+    shutil.copytree(whole / "out", path / "out")
+    shutil.rmtree(path / "out/iteration-2")
+    return path / "out/samples/iteration-2.jsonl"
+
+
+def test_a_cut_last_line_costs_that_line_only(undisturbed, tmp_path):
+    world, whole, _ = undisturbed
     flags = like(undisturbed, tmp_path)
-    children = start([*flags, "--save_every=1000"], world)  # so that what is there is what SIGTERM saved
-    while not (tmp_path / "out/log.jsonl").exists():  # the first step
-        time.sleep(0.005)
-    kill(children[:1], signal.SIGTERM)  # all stop when one is told to
-    assert finish(children) == [0] * world, said(tmp_path)
-    command = re.search(r"go on with: (.*)", said(tmp_path))[1]
-    assert command.startswith("python sami.py" if world == 1 else "torchrun --nnodes=1 --nproc_per_node=2 -- sami.py")
-    assert command.endswith("--resume") and f"--out_dir={tmp_path}/out" in command
-    state = sorted((tmp_path / "out/state").glob("*[0-9]"))[-1]
-    assert (state / "weights").is_dir() and json.loads((state / "state.json").read_text())["step"] > 0
-    assert finish(start([*flags, "--resume"], world)) == [0] * world
-    assert left(tmp_path) == left(whole)
-
-
-def stopped(undisturbed, path, iteration, step):
-    """The flags of a run that was killed as soon as it had saved this step."""
-    world, flags = undisturbed[0], like(undisturbed, path)
-    children = start(flags, world)
-    at = lambda: [json.loads((s / "state.json").read_text()) for s in sorted((path / "out/state").glob("*[0-9]"))]
-    while True:
-        try:
-            if any((s["iteration"], s["step"]) == (iteration, step) for s in at()):
-                break
-        except (FileNotFoundError, NotADirectoryError):  # just cleared away
-            pass
-        time.sleep(0.002)
-    kill(children)
-    finish(children)
-    return flags
-
-
-@pytest.mark.parametrize("what", ["weights", "samples.jsonl", "state.json", "sha256.json"])
-def test_a_damaged_state_is_seen_and_the_one_before_is_taken(undisturbed, tmp_path, what):
-    world, whole, _, _ = undisturbed
-    flags = stopped(undisturbed, tmp_path, 2, 2)
-    newest = sorted((tmp_path / "out/state").glob("*[0-9]"))[-1]
-    victim = next((newest / what).glob("*.distcp")) if what == "weights" else newest / what
-    data = victim.read_bytes()
-    victim.write_bytes(data[:-7] if what != "samples.jsonl" else data.replace(b'"number": ', b'"number": 1', 1))
+    samples = unfinished(whole, tmp_path)
+    samples.write_bytes(samples.read_bytes()[:-20])
     assert finish(start([*flags, "--resume"], world)) == [0] * world, said(tmp_path)
-    assert f"{newest} is damaged, going back to" in said(tmp_path)
+    assert [what for _, what in noted(tmp_path, "sampled")] == ["1"]
     assert left(tmp_path) == left(whole)
 
 
-def test_no_whole_state_or_a_damaged_model_is_an_error(undisturbed, tmp_path):
-    world = undisturbed[0]
-    flags = stopped(undisturbed, tmp_path, 2, 2)
-    model = tmp_path / "out/iteration-1/model.safetensors"
-    whole = model.read_bytes()
-    model.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # one bit
-    assert finish(start([*flags, "--resume"], world)) == [2] * world
-    assert "iteration-1 is damaged" in said(tmp_path) and "without --resume" in said(tmp_path)
-    model.write_bytes(whole)
-    for state in (tmp_path / "out/state").glob("*[0-9]"):
-        (state / "state.json").write_text("{")
-    assert finish(start([*flags, "--resume"], world)) == [2] * world
-    assert "no state in" in said(tmp_path)
+def test_sampling_goes_on_behind_any_line(tmp_path):
+    """Wherever a samples file ends, it grows to the same bytes: 26 queries, of which 6 are dropped."""
+    tiny.folder(tmp_path, train=52, drop_if_contains=["b"])
+    task, model = sami.load_task(tmp_path / "task"), tiny.model()
+    cfg = sami.Config(n=2, temperature=0.5, max_new_tokens=6, batch_size=4, out_dir=str(tmp_path))
+    path = tmp_path / "samples/iteration-1.jsonl"
+    path.parent.mkdir()
+    sami.collect(model, tiny.tokenizer(), task, cfg, 1, 20)
+    whole = path.read_bytes()
+    rows = whole.splitlines(keepends=True)
+    dropped = sum(json.loads(row)["dropped"] is not None for row in rows)
+    assert dropped > 0 and len(rows) > 20 and len(rows) % 4 == 0
+    for k in range(1, len(rows)):
+        path.write_bytes(b"".join(rows[:k]))
+        sami.collect(model, tiny.tokenizer(), task, cfg, 1, 20)
+        assert path.read_bytes() == whole, f"from {k} of {len(rows)} lines"
 
 
-def test_what_one_process_cannot_read_is_damaged_for_all(undisturbed, tmp_path):
-    world = undisturbed[0]
-    flags = stopped(undisturbed, tmp_path, 2, 2)
-    assert finish(start([*flags, "--resume"], world, unreadable=True)) == [2] * world
-    assert "no state in" in said(tmp_path)
-
-
-def test_a_full_disk_is_told_and_what_was_saved_is_kept(undisturbed, tmp_path):
-    """No file may grow over 60 kB: samples fit, weights do not."""
-    world, whole, _, _ = undisturbed
+def test_a_broken_line_in_the_middle_is_refused(undisturbed, tmp_path):
+    world, whole, _ = undisturbed
     flags = like(undisturbed, tmp_path)
-    codes = finish(start(flags, world, largest_file=60_000))
-    assert 1 in codes and 0 not in codes, said(tmp_path)
-    assert re.search(r"error.*: .*state/\d+ cannot be saved: .*make room there, then .* --resume", said(tmp_path))
-    assert "Traceback" not in said(tmp_path)
-    assert finish(start([*flags, "--resume"], world)) == [0] * world
-    assert "going on in iteration 1 behind step 0" in said(tmp_path)
+    samples = unfinished(whole, tmp_path)
+    first, second, *rest = samples.read_bytes().splitlines(keepends=True)
+    for broken in (second[:-20] + b"\n", b"{}\n", b'{"number": 1, "query": "a"}\n',
+                   second.replace(b'"responses": [', b'"responses": ["one too many", ')):
+        samples.write_bytes(b"".join([first, broken, *rest]))
+        before = samples.read_bytes()
+        assert finish(start([*flags, "--resume"], world)) == [2] * world
+        assert f"{samples} line 2 does not hold" in said(tmp_path)
+        assert "Traceback" not in said(tmp_path) and samples.read_bytes() == before
+        (tmp_path / "said").unlink()
+
+
+def test_samples_of_another_program_are_trained_on(undisturbed, tmp_path):
+    """Five queries from elsewhere, without ids; the run samples the other three itself."""
+    world, whole, flags = undisturbed
+    flags = like(undisturbed, tmp_path)
+    path, said_by_all = tmp_path / "out/samples/iteration-1.jsonl", []
+    rows = (whole / "out/samples/iteration-1.jsonl").read_text().splitlines()
+    for k, row in enumerate(map(json.loads, rows[:5])):
+        mine = {key: row[key] for key in ("number", "query", "constitutions")}
+        said_by_all.append(dict(mine, responses=[f"b{k}ab", f"zz {k}"]))
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in said_by_all))
+    elsewhere = path.read_bytes()
+    assert finish(start([*flags, "--resume"], world)) == [0] * world, said(tmp_path)
+    assert path.read_bytes().startswith(elsewhere) and len(path.read_bytes().splitlines()) >= 8
+    first = next(row for row in left(tmp_path)[1] if row.get("step") == 1)
+    task, ids = sami.load_task(whole / "task"), lambda text: tiny.tokenizer()(text).input_ids
+    losses = []
+    for row in said_by_all[:4]:
+        prompts = [ids(task.prompt(row["query"], c)) for c in row["constitutions"]]
+        with torch.no_grad():
+            logp = sami.logp_matrix(tiny.model(), prompts, [ids(y) for y in row["responses"]])
+        losses.append(float(sami.sami_loss(logp)))
+    assert first["loss"] == pytest.approx(sum(losses) / 4, abs=1e-5), "tokenised as they are"
+    assert first["kl"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("full", ["weights", "samples"])
+def test_a_full_disk_is_told_and_what_was_saved_is_kept(undisturbed, tmp_path, full):
+    """No file may grow over 60 kB: samples fit, weights do not. Over 3 kB: nor do samples."""
+    world, whole, _ = undisturbed
+    flags = like(undisturbed, tmp_path)
+    limit = dict(weights=60_000, samples=3_000)[full]
+    codes = finish(start(flags, world, largest_file=limit))
+    assert codes[0] == 1 and 0 not in codes, said(tmp_path)
+    kept = (tmp_path / "out/samples/iteration-1.jsonl").read_bytes()
+    # how the others notice that process 0 is gone is torchrun's business
+    told = re.search(r"^error.*", said(tmp_path), re.M)[0]
+    assert "iteration-1" in told and "--resume" in told, said(tmp_path)
+    assert world > 1 or "Traceback" not in said(tmp_path)
+    assert not (tmp_path / "out/iteration-1").exists()
+    assert finish(start([*flags, "--resume"], world)) == [0] * world, said(tmp_path)
     assert left(tmp_path) == left(whole)
-
-
-def test_a_run_of_an_older_version_is_refused(tmp_path):
-    flags = [*tiny.folder(tmp_path), *RUN]
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/sami.json").write_text(json.dumps(dict(config={})))
-    assert finish(start([*flags, "--resume"])) == [2]
-    assert "is of an older version; start again without --resume" in said(tmp_path)
+    whole_lines = kept[:kept.rfind(b"\n") + 1]
+    assert (tmp_path / "out/samples/iteration-1.jsonl").read_bytes().startswith(whole_lines)
 
 
 def test_what_would_be_another_run_is_refused(undisturbed, tmp_path):
-    world, whole, flags, _ = undisturbed
+    world, whole, flags = undisturbed
     before = left(whole)
-    assert finish(start([*flags, "--resume", "--lr=1"], world)) == [2] * world
-    assert "has --lr=0.001, not 1.0: resume it with its own flags" in said(whole)
+    for flag, told in {"--lr=1": "--lr=0.001, not 1.0", "--n=3": "--n=2, not 3",
+                       "--seed=2": "--seed=1, not 2"}.items():
+        assert finish(start([*flags, "--resume", flag], world)) == [2] * world
+        assert f"has {told}: resume it with its own flags" in said(whole)
     train = whole / "task/train.jsonl"
     text = train.read_text()
-    train.write_text(text + '{"query": "one more"}\n')
-    assert finish(start([*flags, "--resume"], world)) == [2] * world
-    assert "has changed since the run in" in said(whole)
-    train.write_text(text)
-    assert finish(start([*flags, "--resume", "--tokens_per_pass=99", "--save_every=7"], world)) == [0] * world
+    try:
+        train.write_text(text + '{"query": "one more"}\n')
+        assert finish(start([*flags, "--resume"], world)) == [2] * world
+        assert "has changed since the run in" in said(whole)
+    finally:
+        train.write_text(text)
+    codes = finish(start([*flags, "--resume", "--tokens_per_pass=99", "--sample_batch=3"], world))
+    assert codes == [0] * world, said(whole)
     assert left(whole) == before, "it was finished: nothing is done again"
 
 
-@pytest.mark.parametrize("ways", [("none", "fsdp"), ("fsdp", "none"), ("fsdp", "ddp"), ("ddp", "fsdp")])
+def test_a_second_run_in_the_same_folder_is_refused(undisturbed, tmp_path):
+    """The first is held up in the middle, so that it is there whatever the clock does."""
+    world, whole, _ = undisturbed
+    flags = like(undisturbed, tmp_path)
+    first = start(flags, world)
+    await_phase(tmp_path, first, "training")
+    kill(first, signal.SIGSTOP)
+    try:
+        for more in ([], ["--resume"]):
+            codes = finish(start([*flags, *more], world))
+            assert codes[0] == 2 and 0 not in codes, said(tmp_path)
+            assert said(tmp_path).count("another run is at work in") == 1 + len(more)
+    finally:
+        kill(first, signal.SIGCONT)
+    assert finish(first) == [0] * world, said(tmp_path)
+    assert left(tmp_path) == left(whole), "and has done the first no harm"
+
+
+@pytest.mark.parametrize("ways", ["auto fsdp", "fsdp auto", "fsdp ddp", "ddp fsdp"])
 def test_the_number_of_processes_may_change(tmp_path, ways):
-    """Killed within the second iteration and resumed: the same data, the same weights but for rounding."""
-    world = [1 if way == "none" else 2 for way in ways]
+    """Killed within the second iteration, resumed: the same data, the same weights but for rounding."""
+    worlds = [1 if way == "auto" else 2 for way in ways.split()]
+    first, second = (f"--parallel={way}" for way in ways.split())
     flags = [*tiny.folder(tmp_path), *RUN]
     assert finish(start(flags)) == [0], said(tmp_path)
-    want = [AutoModelForCausalLM.from_pretrained(tmp_path / f"out/iteration-{k}").state_dict() for k in (1, 2)]
+    weights = lambda k: AutoModelForCausalLM.from_pretrained(
+        tmp_path / f"out/iteration-{k}").state_dict()
+    want, samples = [weights(k) for k in (1, 2)], left(tmp_path)[0][2:]
     shutil.rmtree(tmp_path / "out")
-    setting = (world[0], tmp_path, [*flags, f"--parallel={ways[0].replace('none', 'auto')}"], 0)
-    stopped(setting, tmp_path, 2, 2)
-    flags += [f"--parallel={ways[1].replace('none', 'auto')}", "--resume"]
-    assert finish(start(flags, world[1])) == [0] * world[1]
+    children = start([*flags, first], worlds[0])
+    await_phase(tmp_path, children, "training", 2)
+    kill(children)
+    assert -9 in finish(children) and not (tmp_path / "out/iteration-2").exists()
+    assert finish(start([*flags, second, "--resume"], worlds[1])) == [0] * worlds[1], said(tmp_path)
+    assert left(tmp_path)[0][2:] == samples
     for k, old in zip((1, 2), want):
-        new = AutoModelForCausalLM.from_pretrained(tmp_path / f"out/iteration-{k}").state_dict()
+        new = weights(k)
         assert max((new[name] - old[name]).abs().max() for name in old) < 1e-5
 
 
 def test_one_process_that_fails_ends_all_with_its_message(tmp_path):
     """Process 1 breaks while process 0 waits for it."""
     flags, script = [*tiny.folder(tmp_path), *RUN], tmp_path / "broken.py"
-    script.write_text("import sami\n\ndef broken(*_, **__):\n    raise sami.RunFailed('this one is broken')\n\n"
+    script.write_text("import sami\n\ndef broken(*_, **__):\n"
+                      "    raise sami.RunFailed('this one is broken')\n\n"
                       "if sami.RANK == 1:\n    sami.sample = broken\nsami.run(sami.main)\n")
     began = time.time()
     done = launch(2, str(script), *flags, timeout=90)
