@@ -110,7 +110,7 @@ def show(task, config, tokenizer, cfg):
     """Print what a run of sami.py with these flags would read of a task, and what it would drop."""
     ids = lambda fill, q, c, prefix: sum(sami.encode(tokenizer, fill(q["query"], c), prefix), [])
     some = list(enumerate(task.train))[::len(task.train) // 500 + 1]  # enough for a mean
-    drawn = [task.draw(sami.rng_for(cfg.seed, 1, i, sami.ORDER), cfg.n, q.get("focus"))
+    drawn = [task.draw(sami.rng_for(cfg.seed, 1, i, sami.DRAW), cfg.n, q.get("focus"))
              for i, q in some]
     for kind, fill, prefix in (("sampling", task.sampling_prompt, task.response_prefix),
                                ("scoring", task.prompt, "")):

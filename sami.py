@@ -637,9 +637,10 @@ def encode(tokenizer, prompt, prefix=""):
     else:
         control = {re.escape(str(t)) for t in tokenizer.added_tokens_decoder.values() if t.special}
         control = re.compile("|".join(sorted(control, key=len, reverse=True)) or "(?!)")
-        marked = [dict(m, content=control.sub(r"\0\g<0>\0", m["content"])) for m in prompt]
-        text = render(tokenizer, marked)  # every other part between the marks is a text's own
-        ids, both = ([i for k, part in enumerate((text + end).split("\0"))
+        mark = lambda s: control.sub(r"\0\g<0>\0", s.replace("\0", ""))
+        text = render(tokenizer, [dict(m, content=mark(m["content"])) for m in prompt])
+        # every other part between the marks is a text's own
+        ids, both = ([i for k, part in enumerate((text + mark(end)).split("\0"))
                       for i in ids_of(part, letters=k % 2 == 1, add_special_tokens=False)]
                      for end in ("", prefix))
     # the prefix is tokenised behind the prompt where that leaves the prompt's own ids as they are:
@@ -660,7 +661,7 @@ def check_lengths(task, config, tokenizer, cfg):
                       for fill in (task.prompt, task.sampling_prompt))
         need(longest + cfg.max_new_tokens <= limit, f"{q['line']}: its prompt has up to {longest} "
              f"tokens, which with --max_new_tokens={cfg.max_new_tokens} is more than the model's "
-             f"context of {limit}; shorten the query")
+             f"context of {limit}; shorten the query or the principles")
 
 
 # ------------------------------------------------------------------------------ model and processes
@@ -748,6 +749,10 @@ def distribution(config, device, cfg):
     fits = 18 * sum(p.numel() for p in skeleton.parameters()) < 0.7 * room
     way = cfg.parallel if cfg.parallel != "auto" else "ddp" if fits else "fsdp"
     parts = dict(ddp=1, fsdp=WORLD, hybrid=NODE)[way]
+    # transformers can only read experts (E, ., .) where each process gets one: else fewer parts
+    experts = min((len(p) for p in skeleton.parameters() if p.dim() == 3), default=WORLD)
+    parts = next(k for k in range(parts, 0, -1)
+                 if WORLD % k == 0 and math.ceil(experts / k) * (k - 1) < experts)
     return DistributedConfig(
         fsdp_size=parts, dp_replicate_size=WORLD // parts, fsdp_mixed_precision=in_half(cfg, device),
         fsdp_plan=dict.fromkeys(layers, "free_full_weight"))
@@ -771,6 +776,10 @@ def load_model(path, device, cfg):
     lost = sorted(info["missing_keys"])
     need(not lost, f"--model={path} lacks {len(lost)} weights ({', '.join(lost[:2])}), which would be "
          "random; fetch the whole model")
+    bad = [name for name, p in model.named_parameters()  # of a sharded one the part that is here
+           if not getattr(p, "_local_tensor", p).isfinite().all()]
+    if bad:
+        raise RunFailed(f"--model={path}: {bad[0]} holds nan or infinity; fetch the model again")
     if WORLD == 1:
         return model.to(device).eval()
     model.shared_logps = types.MethodType(shared_logps, model)
@@ -987,8 +996,7 @@ def learning_rate(step, steps, cfg):
 
 def check_finite(number, where, cfg):
     if not math.isfinite(number):
-        raise RunFailed(f"{where}: loss or gradient is {number}; lower --lr, now {cfg.lr}; finished "
-                        "iterations are kept")
+        raise RunFailed(f"{where} is {number}; lower --lr, now {cfg.lr}; finished iterations are kept")
 
 
 def train(model, examples, steps, iteration, cfg):
@@ -1014,7 +1022,7 @@ def train(model, examples, steps, iteration, cfg):
         found = dict(zip(found, values))
         norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf, foreach=False)
         norm = float(norm.full_tensor() if WORLD > 1 else norm)
-        check_finite(found["loss"] + norm, f"step {step + 1}", cfg)  # before it spoils the weights
+        check_finite(found["loss"] + norm, f"step {step + 1}: loss or gradient", cfg)  # before it spoils the weights
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, cfg)
         optimizer.step()
         optimizer.zero_grad()
@@ -1022,10 +1030,10 @@ def train(model, examples, steps, iteration, cfg):
         record(cfg, dict(iteration=iteration, step=step + 1, steps=steps, **found, grad_norm=norm,
                          lr=lr, tokens_per_second=tokens / seconds, seconds=seconds))
     model.eval()
-    with torch.no_grad():  # no step comes that would see what the last one did
-        [cells, *_] = score_examples(model, group, cfg)
-    [last] = sum_processes([float(as_matrix(cells, "sum").sum())])
-    check_finite(last, "after the last step", cfg)
+    # no step comes that would see what the last one did
+    norm = torch.nn.utils.get_total_norm(params, foreach=False)
+    norm = float(norm.full_tensor() if WORLD > 1 else norm)
+    check_finite(norm, "after the last step the norm of the weights", cfg)
 
 
 @torch.no_grad()

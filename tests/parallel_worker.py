@@ -1,4 +1,4 @@
-"""What test_parallel.py runs in each process: cases, made of the functions that sami.py's loop has."""
+"""What test_parallel.py runs in each process: cases, made of the functions of sami.py's loop."""
 import json, shutil, sys, threading, time
 from pathlib import Path
 
@@ -17,7 +17,8 @@ def case(folder, out, parallel="auto", node=0, dtype="float32", given="", **flag
         batch_size=5, temperature=0.0, max_new_tokens=8, lr=3e-4, tokens_per_pass=200,
         eval_queries=5, seed=3), **flags})
     sami.NODE = node or sami.WORLD
-    task, tokenizer, device = sami.load_task(folder.parent / "task"), tiny.tokenizer(), sami.pick_device(cfg)
+    task, tokenizer = sami.load_task(folder.parent / "task"), tiny.tokenizer()
+    device = sami.pick_device(cfg)
     model = sami.load_model(cfg.model, device, cfg)
     (run / "samples").mkdir(parents=True, exist_ok=True)
     if given and sami.RANK == 0:
@@ -33,12 +34,12 @@ def case(folder, out, parallel="auto", node=0, dtype="float32", given="", **flag
     held, scored = sami.heldout_information(model, tokenizer, task, cfg)
     sami.save_model(model, tokenizer, out)
     own = sum(getattr(p, "_local_tensor", p).numel() for p in model.parameters())
-    return dict(found, held=held, scored=[e.number for e, *_ in scored], shared=model.shares_prompts,
-                wrapped=isinstance(model, FSDPModule),
-                own=own / sum(p.numel() for p in model.parameters()))
+    own /= sum(p.numel() for p in model.parameters())
+    return dict(found, held=held, scored=[e.number for e, *_ in scored], own=own,
+                shared=model.shares_prompts, wrapped=isinstance(model, FSDPModule))
 
 
-def loading(folder):
+def loading(folder, out, parallel):
     """Load the model of a folder -> the most memory that took, as a share of its weights' bytes.
 
     Anonymous pages count alone: those of a file that is mapped are the system's, and no copy."""
@@ -46,7 +47,7 @@ def loading(folder):
         [line] = [x for x in Path("/proc/self/status").read_text().split("\n") if "RssAnon" in x]
         return int(line.split()[1]) * 1024
 
-    cfg, most, done = sami.Config(device="cpu", parallel="fsdp"), [0], threading.Event()
+    cfg, most, done = sami.Config(device="cpu", parallel=parallel), [0], threading.Event()
     device = sami.pick_device(cfg)
     sami.load_model(str(folder.parent / "llama"), device, cfg)  # imports, threads, connections
 
@@ -60,8 +61,8 @@ def loading(folder):
     model = sami.load_model(str(folder), device, cfg)
     done.set()
     watcher.join()
-    size = sum(p.numel() * 4 for p in model.parameters())
-    return dict(peak=(max(most[0], taken()) - before) / size, after=(taken() - before) / size, size=size)
+    size, after = sum(4 * p.numel() for p in model.parameters()), taken() - before
+    return dict(bytes=size, peak=max(most[0] - before, after) / size, after=after / size)
 
 
 if __name__ == "__main__":
@@ -70,7 +71,8 @@ if __name__ == "__main__":
     for name in sys.argv[2:]:
         flags, started = json.loads((root / "cases.json").read_text())[name], time.time()
         folder, out = root / flags.pop("model"), root / f"{name}-{sami.WORLD}"
-        every = sami.gather([loading(folder) if flags.pop("loading", 0) else case(folder, out, **flags)])
+        what = dict(case=case, loading=loading)[flags.pop("measure", "case")]
+        every = sami.gather([what(folder, out, **flags)])
         if sami.RANK == 0:
             print(f"{name}: {time.time() - started:.1f} s", flush=True)
             (root / f"{name}-{sami.WORLD}.json").write_text(json.dumps(every))

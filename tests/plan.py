@@ -6,7 +6,7 @@ weights, no GPU. bench.py holds the memory to measured peaks.
 
 Takes the flags of sami.py and three of its own. Models of the presets are known without a download.
 """
-import math, sys
+import bisect, math, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,13 +100,14 @@ def plan_training(cfg, model, dtype, gpus, room):
         figures = [w.get(name, sum(w.values())) / 1e9 for w in ways.values()]
         print(f"  {name:<20}" + "".join(f"{figure:8.1f}" for figure in figures))
     way = next((way for way, parts in ways.items() if sum(parts.values()) < room), None)
-    enough = next((g for g in range(2, 1025) if sum(memory(cfg, model, dtype, g).values()) < room),
-                  None)
+    fits = lambda gpus: sum(memory(cfg, model, dtype, gpus).values()) < room
+    enough = bisect.bisect_left(range(1025), True, lo=2, key=fits)
     if way:
         print("fits" + f", as {way}" * (gpus > 1))
     else:
         hint = ": lower --tokens_per_pass" + ", or add --checkpointing" * (not cfg.checkpointing)
-        print(f"does not fit; {enough or 'no number of'} such GPUs would do" + hint * (not enough))
+        print("does not fit; " + (f"{enough} such GPUs would do" if enough < 1025 else
+                                  f"no number of such GPUs would do{hint}"))
     return way
 
 
@@ -151,9 +152,9 @@ def plan_time(cfg, model, steps, gpus, batch, sampled, scored):
 
 def main(argv):
     cfg = sami.parse(Config, argv)
-    steps = [int(k) for k in cfg.steps.split(",") if k.isdigit()]
+    steps = [int(k) if k.isdigit() else 0 for k in cfg.steps.split(",")]
     steps = steps * cfg.iterations if len(steps) == 1 else steps
-    sami.need(len(steps) == cfg.iterations,
+    sami.need(len(steps) == cfg.iterations and min(steps) > 0,
               f"--steps={cfg.steps}: give a whole number, or one for each of {cfg.iterations}")
     task, gpus, room = sami.load_task(cfg.task), cfg.gpus or sami.WORLD, 0.95e9 * cfg.gpu_memory
     config, count = read_config(cfg)

@@ -95,7 +95,7 @@ def fork(path, script, flags):
     (path / "fork.py").write_text(script)
     env = dict(os.environ, PYTHONPATH=str(Path(sami.__file__).parent), OMP_NUM_THREADS="1")
     done = subprocess.run([sys.executable, "fork.py", *flags], cwd=path, env=env, text=True,
-                          capture_output=True, timeout=100)
+                          capture_output=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -104,23 +104,42 @@ def rows(path, name="log.jsonl"):
     return [json.loads(line) for line in (path / "out" / name).read_text().splitlines()]
 
 
+def dpo_by_hand(path, policy, row, beta):
+    """The loss of one line of a samples file."""
+    load = lambda name: AutoModelForCausalLM.from_pretrained(path / name)
+    with torch.no_grad():
+        now, then = (sami.logp_matrix(load(name), row["prompts"], row["ids"], "sum").tolist()
+                     for name in (policy, "base"))
+    pairs = [(j, k) for j in range(3) for k in range(3) if j != k]
+    gains = [now[j][j] - then[j][j] - (now[j][k] - then[j][k]) for j, k in pairs]
+    return sum(math.log(1 + math.exp(-beta * gain)) for gain in gains) / len(pairs)
+
+
 def test_dpo_with_cosine_decay(tmp_path):
-    """Policy and base agree at first, so that the loss is log 2; then it falls, by smaller steps."""
+    """Policy and base agree at first: the loss is log 2. On what was trained on it is then less."""
     assert len(DPO.splitlines()) <= 20
-    flags = tiny.folder(tmp_path, train=64) + ["--n=3", "--steps=6", "--temperature=0.5"]
+    flags = tiny.folder(tmp_path) + ["--n=3", "--steps=4", "--temperature=0.5", "--iterations=2",
+                                     "--restart=False", "--batch_size=5", "--beta=0.2"]
     fork(tmp_path, DPO, flags)
     steps = rows(tmp_path)
-    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert steps[-1]["loss"] < 0.66 and steps[-1]["won"] > 0.8
-    for k, row in enumerate(steps):
-        assert row["lr"] == pytest.approx(1e-3 * (1 + math.cos(math.pi * k / 6)) / 2)
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-7) and steps[0]["won"] == 0
+    for row in steps:
+        part = (row["step"] - 1) / 4
+        assert row["lr"] == pytest.approx(1e-3 * (1 + math.cos(math.pi * part)) / 2)
         assert "kl" not in row and "row_accuracy" not in row, "the log holds what the fork returned"
-    plain = tmp_path / "plain"
-    plain.mkdir()
-    code, _, err = tiny.command(*flags, f"--out_dir={plain}/out")
+    # the second iteration begins where the first ended, and the base is as it was
+    first, second = (rows(tmp_path, f"samples/iteration-{k}.jsonl") for k in (1, 2))
+    usable = [row for row in second if not row["dropped"]]
+    begun = sum(dpo_by_hand(tmp_path, "out/iteration-1", row, 0.2) for row in usable[:5]) / 5
+    assert steps[4]["loss"] == pytest.approx(begun, abs=1e-5) and abs(begun - math.log(2)) > 1e-3
+    usable = [row for row in first if not row["dropped"]]
+    learned = [dpo_by_hand(tmp_path, "out/iteration-1", row, 0.2) for row in usable]
+    assert sum(learned) / len(learned) < math.log(2) - 0.01
+    # the samples are those of SAMI
+    code, _, err = tiny.command(*flags, "--iterations=1", f"--out_dir={tmp_path}/plain/out")
     assert code == 0, err
-    [samples] = (tmp_path / "out/samples").iterdir()
-    assert samples.read_bytes() == (plain / "out/samples" / samples.name).read_bytes()
+    name = "out/samples/iteration-1.jsonl"
+    assert (tmp_path / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
 
 
 def test_another_sampler(tmp_path):
@@ -129,8 +148,8 @@ def test_another_sampler(tmp_path):
     assert "generated" in fork(tmp_path, SAMPLER, flags)
     code, _, err = tiny.command(*flags, f"--out_dir={tmp_path}/plain/out")
     assert code == 0, err
-    for name in ("samples/iteration-1.jsonl", "iteration-1/model.safetensors"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "plain/out" / name).read_bytes()
+    for name in ("out/samples/iteration-1.jsonl", "out/iteration-1/model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
 
 
 def test_low_rank_adapters_and_a_log_of_ones_own(tmp_path):

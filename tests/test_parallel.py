@@ -1,4 +1,4 @@
-"""Two and four processes do what one does: the same samples, loss and weights, however the model is cut."""
+"""Two and four processes do what one does: the same samples and weights, however the model is cut."""
 import itertools, json, os, subprocess, sys
 
 import pytest
@@ -14,8 +14,8 @@ SMALL = dict(
     bos_token_id=0, pad_token_id=0)
 GPT = dict(vocab_size=len(tiny.LETTERS), bos_token_id=0, eos_token_id=0)
 MODELS = dict(
-    llama=None, tied=None, mistied=None,  # the last: tied says its config, but there are two matrices
-    mixtral=tr.MixtralConfig(**SMALL, num_local_experts=3, num_experts_per_tok=2),  # 3 on 2 processes
+    llama=None, tied=None, mistied=None,  # the last: a config that says tied, and two matrices
+    mixtral=tr.MixtralConfig(**SMALL, num_local_experts=3, num_experts_per_tok=2),
     qwen2=tr.Qwen2Config(**SMALL, tie_word_embeddings=True, use_sliding_window=True,
                          sliding_window=8, max_window_layers=1),
     gemma2=tr.Gemma2Config(**SMALL, head_dim=8, sliding_window=8),
@@ -126,7 +126,8 @@ def test_several_processes_do_what_one_does(ran, alone, name, processes):
     assert not one["wrapped"], "one process needs nothing around its model"
     for each in several:  # every process knows all
         assert each["examples"] == one["examples"]
-        assert len({e["number"] for e in each["examples"]}) == len(each["examples"]) == 8, "each query once"
+        numbers = {e["number"] for e in each["examples"]}
+        assert len(numbers) == len(each["examples"]) == 8, "each query once"
         assert len(each["reports"]) == len(one["reports"]) == 2
         for r, s in zip(each["reports"], one["reports"]):
             for key in ("loss", "kl", "diagonal"):
@@ -135,8 +136,8 @@ def test_several_processes_do_what_one_does(ran, alone, name, processes):
         assert each["shared"] == one["shared"] == (CASES[name]["model"] not in ("bloom", "gpt_neo"))
         assert each["held"] == pytest.approx(one["held"], abs=1e-4)
         assert each["scored"] == one["scored"] == sorted(set(one["scored"])) != []
-    # a key's bias moves all scores of a query alike: its gradient is 0, and an optimizer makes steps
-    # out of rounding
+    # a key's bias moves all scores of a query alike: its gradient is 0, and an optimizer makes
+    # steps out of rounding
     keys = [k for k in want if not k.endswith(KEY_BIAS)]
     assert max((want[k] - base[k]).abs().max() for k in keys) > 2e-4, "the model has moved"
     far = max((got[k] - want[k]).abs().max() for k in keys)
@@ -149,8 +150,8 @@ KEY_BIAS = ("c_attn.bias", "query_key_value.bias", "k_proj.bias")
 
 @pytest.mark.parametrize("name", ["fsdp", "ddp"])
 def test_computing_in_bfloat16_is_close_and_the_weights_stay_fp32(ran, alone, name):
-    """fp32 weights, brought together in bfloat16: the loss of the same samples within its rounding, no
-    step lost in it."""
+    """fp32 weights, brought together in bfloat16: the loss of the same samples within its rounding,
+    no step lost in it."""
     one, want = alone("fsdp")
     [first, second] = saw(ran, f"{name} bfloat16", 2)
     assert first["shared"] and second["shared"], "and responses share a prompt as ever"
@@ -169,6 +170,7 @@ def test_computing_in_bfloat16_is_close_and_the_weights_stay_fp32(ran, alone, na
 @pytest.mark.parametrize("name, processes", RUNS)
 def test_fsdp_cuts_the_weights_and_ddp_does_not(ran, name, processes):
     parts = dict(ddp=1, fsdp=processes, hybrid=2)[name.split()[0]]
+    parts = 2 if "mixtral" in name else parts  # 3 experts: no part is to be without one
     for each in saw(ran, name, processes):
         assert each["wrapped"] and each["own"] == pytest.approx(1 / parts, abs=0.12)
 
@@ -184,7 +186,7 @@ def names_and_bytes(folder):
 
 @pytest.mark.parametrize("name, processes", RUNS)
 def test_what_is_saved_holds_each_weight_once(ran, name, processes):
-    """As in the base's folder: neither the other half of a tied pair, nor only one of a pair that is not."""
+    """As in the base's folder: of a tied pair one, of a pair that is not tied both."""
     names, size = names_and_bytes(ran / f"{name}-{processes}")
     want, base_size = names_and_bytes(ran / CASES[name]["model"])
     assert names == want and abs(size / base_size - 1) < 0.01
@@ -204,7 +206,8 @@ def test_what_ends_a_text_is_kept(ran, name, processes):
 def test_an_exported_model_scores_the_same_elsewhere(ran, name, processes):
     """What two or four processes saved, loaded by one that had no part in it."""
     there = saw(ran, name, processes)[0]["held"]
-    cfg = sami.Config(n=3, max_new_tokens=8, tokens_per_pass=200, eval_queries=5, seed=3, device="cpu")
+    cfg = sami.Config(
+        n=3, max_new_tokens=8, tokens_per_pass=200, eval_queries=5, seed=3, device="cpu")
     model = sami.load_model(str(ran / f"{name}-{processes}"), sami.pick_device(cfg), cfg)
     here, _ = sami.heldout_information(model, tiny.tokenizer(), sami.load_task(ran / "task"), cfg)
     for key in ("diagonal", "row_accuracy", "col_accuracy"):
@@ -212,18 +215,27 @@ def test_an_exported_model_scores_the_same_elsewhere(ran, name, processes):
     assert here["infonce"] == pytest.approx(there["infonce"], abs=1e-5)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_no_process_ever_holds_the_whole_model(tmp_path, processes):
-    """With fsdp a process reads the part that it will hold, while loading too."""
-    build("llama").save_pretrained(tmp_path / "llama")
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A model of 304 MB in a folder: in bfloat16, so that it must be converted, since a CPU may leave
+    fp32 weights in the file, mapped."""
+    root = tmp_path_factory.mktemp("large")
+    build("llama").save_pretrained(root / "llama")
     config = tr.LlamaConfig(
         vocab_size=8000, hidden_size=768, intermediate_size=2048, num_hidden_layers=9,
         num_attention_heads=12, tie_word_embeddings=False)
-    tr.LlamaForCausalLM(config).save_pretrained(tmp_path / "large")
-    (tmp_path / "cases.json").write_text(json.dumps(dict(large=dict(model="large", loading=1))))
-    done = launch(processes, WORKER, str(tmp_path), "large", timeout=200)
+    tr.LlamaForCausalLM(config).bfloat16().save_pretrained(root / "large")
+    cases = {way: dict(model="large", measure="loading", parallel=way) for way in ("ddp", "fsdp")}
+    (root / "cases.json").write_text(json.dumps(cases))
+    return root
+
+
+@pytest.mark.parametrize("way, processes, least, most", [
+    ("fsdp", 2, 0.45, 0.7), ("fsdp", 4, 0.22, 0.45), ("ddp", 2, 0.95, 3)])
+def test_with_fsdp_no_process_ever_holds_the_whole_model(large, way, processes, least, most):
+    """Each reads the part that it will hold; with ddp, as a check of the measurement, all."""
+    done = launch(processes, WORKER, str(large), way, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    for each in saw(tmp_path, "large", processes):
-        print(processes, each)
-        assert each["size"] > 250e6
-        assert 0.9 / processes < each["after"] <= each["peak"] < 0.8
+    for each in saw(large, way, processes):
+        print(f"{way} on {processes}: peak {each['peak']:.2f}, then {each['after']:.2f}")
+        assert each["bytes"] > 250e6 and least < each["after"] <= each["peak"] < most

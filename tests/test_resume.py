@@ -1,4 +1,4 @@
-"""A run that is killed, out of disk space or cut short ends in the very bytes of one that was not."""
+"""A run that is killed or out of disk space ends in the very bytes of one that was not."""
 import hashlib, json, os, random, re, resource, shutil, signal, socket, sys, threading, time
 from pathlib import Path
 
@@ -187,7 +187,7 @@ def test_a_cut_last_line_costs_that_line_only(undisturbed, tmp_path):
 
 
 def test_sampling_goes_on_behind_any_line(tmp_path):
-    """Wherever a samples file ends, it grows to the same bytes: 26 queries, of which 6 are dropped."""
+    """Wherever a samples file ends, it grows to the same bytes, though some queries are dropped."""
     tiny.folder(tmp_path, train=52, drop_if_contains=["b"])
     task, model = sami.load_task(tmp_path / "task"), tiny.model()
     cfg = sami.Config(n=2, temperature=0.5, max_new_tokens=6, batch_size=4, out_dir=str(tmp_path))
@@ -303,25 +303,34 @@ def test_a_second_run_in_the_same_folder_is_refused(undisturbed, tmp_path):
     assert left(tmp_path) == left(whole), "and has done the first no harm"
 
 
+def weights(path, k):
+    return AutoModelForCausalLM.from_pretrained(path / f"out/iteration-{k}").state_dict()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A whole run of one process: its folder, its flags."""
+    path = tmp_path_factory.mktemp("alone")
+    flags = [*tiny.folder(path), *RUN]
+    assert finish(start(flags)) == [0], said(path)
+    return path, flags
+
+
 @pytest.mark.parametrize("ways", ["auto fsdp", "fsdp auto", "fsdp ddp", "ddp fsdp"])
-def test_the_number_of_processes_may_change(tmp_path, ways):
-    """Killed within the second iteration, resumed: the same data, the same weights but for rounding."""
+def test_the_number_of_processes_may_change(alone, tmp_path, ways):
+    """Killed within the second iteration: the same data, the same weights but for rounding."""
+    whole, flags = alone
     worlds = [1 if way == "auto" else 2 for way in ways.split()]
     first, second = (f"--parallel={way}" for way in ways.split())
-    flags = [*tiny.folder(tmp_path), *RUN]
-    assert finish(start(flags)) == [0], said(tmp_path)
-    weights = lambda k: AutoModelForCausalLM.from_pretrained(
-        tmp_path / f"out/iteration-{k}").state_dict()
-    want, samples = [weights(k) for k in (1, 2)], left(tmp_path)[0][2:]
-    shutil.rmtree(tmp_path / "out")
+    flags = like((1, whole, flags), tmp_path)
     children = start([*flags, first], worlds[0])
     await_phase(tmp_path, children, "training", 2)
     kill(children)
     assert -9 in finish(children) and not (tmp_path / "out/iteration-2").exists()
     assert finish(start([*flags, second, "--resume"], worlds[1])) == [0] * worlds[1], said(tmp_path)
-    assert left(tmp_path)[0][2:] == samples
-    for k, old in zip((1, 2), want):
-        new = weights(k)
+    assert left(tmp_path)[0][2:] == left(whole)[0][2:], "samples"
+    for k in (1, 2):
+        old, new = weights(whole, k), weights(tmp_path, k)
         assert max((new[name] - old[name]).abs().max() for name in old) < 1e-5
 
 

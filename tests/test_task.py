@@ -120,7 +120,8 @@ def test_templates_are_filled_by_plain_replacement(task):
     assert t.prompt("what?", "C") == "what? C"
     assert t.prompt("{constitution} {query}", "C") == "{constitution} {query} C", "a query never is"
     assert t.prompt("q", "{query}") == "q {query}", "nor is a constitution"
-    assert task(sampling_prompt="{constitution}: {query}").prompt("q", "c") == "c: q", "if it is alone"
+    alone = task(sampling_prompt="{constitution}: {query}")
+    assert alone.prompt("q", "c") == "c: q", "scored as sampled by default"
 
 
 def test_clean_cuts_at_the_first_stop_string(task):

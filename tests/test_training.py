@@ -135,8 +135,11 @@ def test_log_has_a_line_per_measurement(ran):
         for key in ("infonce", "row_accuracy", "col_accuracy", "diagonal"):
             assert row[key + "_se"] >= 0
     assert len({row["infonce"] for row in ran["held"]}) == 4, "these are four models"
-    assert ran["printed"].count("held out | infonce") == 4
-    assert f"infonce {ran['held'][2]['infonce']:.4g}" in ran["printed"]
+    printed = [line for line in ran["printed"].splitlines() if "infonce " in line]
+    assert len(printed) == 4
+    for line, row in zip(printed, ran["held"]):
+        assert line.startswith(f"iteration {row['iteration']}")
+        assert f"infonce {row['infonce']:.4g}" in line
 
 
 def test_the_kl_is_zero_at_the_start_of_each_iteration_and_then_grows(ran):
@@ -280,7 +283,7 @@ def test_checkpointing_changes_nothing(examples, monkeypatch):
 
 
 def test_one_adamw_step_by_hand(examples):
-    """A first AdamW step is lr times the gradient's sign, after a decay of lr * 0.01: by autograd."""
+    """A first AdamW step is lr times the gradient's sign, after a decay of lr * 0.01."""
     model, lr, name = tiny.model(), 1e-3, "model.layers.0.mlp.up_proj.weight"
     p = dict(model.named_parameters())[name]
     loss = sum(sami.sami_loss(sami.logp_matrix(model, e.prompts, e.ids)) for e in examples) / 8
@@ -331,13 +334,6 @@ def test_gradient_clipping(examples, monkeypatch):
     assert little < 0.5 * plain
 
 
-def test_a_step_that_explodes_is_told_even_if_it_is_the_last(examples):
-    with pytest.raises(sami.RunFailed, match="after the last step: .*lower --lr"):
-        trained(examples, 1, lr=1e30)
-    with pytest.raises(sami.RunFailed, match="step 2: .*lower --lr"):
-        trained(examples, 2, lr=1e30)
-
-
 def test_the_papers_step_vanishes_in_bf16_weights_and_not_in_fp32_ones(examples):
     """bfloat16 has 8 bits: next to 0.1 its numbers lie 0.0005 apart, and a step is 5e-7."""
     one = torch.tensor([0.1, 1.0])
@@ -367,7 +363,8 @@ def test_held_out_information_is_bounded_and_repeatable(tmp_path):
     assert first["infonce_cap"] == pytest.approx(0.6931, abs=1e-4)
     assert [e.query for e, _, _ in scored] == [q["query"] for q in task.test[:5]]
     for e, logp, values in scored:
-        cells = sami.score(tiny.model(), e.prompts, [e.ids] * 2)
+        with torch.no_grad():
+            cells = sami.score(tiny.model(), e.prompts, [e.ids] * 2)
         assert torch.allclose(logp, sami.as_matrix(cells, "mean"), atol=1e-5)
         want = float(sami.infonce(sami.as_matrix(cells, "sum")))
         assert values["infonce"] == pytest.approx(want, abs=1e-4)

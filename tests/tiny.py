@@ -50,7 +50,7 @@ def folder(path, principles=PRINCIPLES, train=40, test=6, **task):
 
 
 def command(*flags):
-    """What `python sami.py flags` would do, in this process -> exit code, standard output, standard error."""
+    """`python sami.py flags` in this process -> exit code, standard output, standard error."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv = mock.patch.object(sys, "argv", ["sami.py", *flags])
     with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
