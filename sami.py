@@ -282,7 +282,7 @@ def shared_logps(model, prompts, siblings):
     if torch.is_autocast_enabled(kind):  # backward runs outside of autocast, on the same logits
         hidden = hidden.to(torch.get_autocast_dtype(kind))
     head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear:  # an adapter's share of the logits would be lost
+    if type(head).forward is not torch.nn.Linear.forward:  # an adapter's share would be lost
         raise NotImplementedError("its output head is no plain linear layer")
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     cap = getattr(config, "final_logit_softcapping", None)
@@ -1026,6 +1026,8 @@ def train(model, examples, steps, iteration, cfg):
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, cfg)
         optimizer.step()
         optimizer.zero_grad()
+        if WORLD > 1:  # FSDP pads parts of uneven size: of tied weights one would read an old copy
+            model.load_state_dict({}, strict=False)
         seconds = time.time() - started
         record(cfg, dict(iteration=iteration, step=step + 1, steps=steps, **found, grad_norm=norm,
                          lr=lr, tokens_per_second=tokens / seconds, seconds=seconds))

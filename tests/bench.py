@@ -2,7 +2,7 @@
 Speed and memory as ratios against baselines that run in turn with sami.py's own functions, so that
 a noisy machine touches both. Prints a table and writes bench.json.
 
-    python tests/bench.py                every row, minutes on 2 CPU cores; on a GPU when there is one
+    python tests/bench.py                every row, minutes on 2 CPU cores; on a GPU if it is there
     python tests/bench.py --only=matrix  rows whose name begins so
     python tests/bench.py --rounds=9     more rounds; a row is the median over rounds
 
@@ -10,6 +10,7 @@ Baselines, written here and independently of sami.py: (a) the authors' way, n x 
 on the right, all logits, log_softmax over everything; (b) n x n sequences with logits at response
 positions only; (c) Hugging Face generate().
 """
+import dataclasses
 import gc
 import json
 import os
@@ -174,14 +175,15 @@ def plan_model():
 
 def plan_step(which):
     """Load a model and train it two steps, as sami.py does; which: plain or checkpointing."""
-    cfg = sami.Config(**PLAN, checkpointing=which == "checkpointing", out_dir=tempfile.mkdtemp())
+    cfg = sami.Config(**PLAN, checkpointing=which == "checkpointing")
     examples = [sami.Example(i, "", [], [], prompts=random_ids(2, 382, seed=i),
                              ids=random_ids(2, 65, seed=i)) for i in range(16)]
 
     def step():
         model = LlamaForCausalLM(plan_model()).to(DEVICE).eval()
         model.shares_prompts = True
-        sami.train(model, examples, 2, 1, cfg)
+        with tempfile.TemporaryDirectory() as out_dir:  # for log.jsonl
+            sami.train(model, examples, 2, 1, dataclasses.replace(cfg, out_dir=out_dir))
     return step
 
 

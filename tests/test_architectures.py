@@ -40,7 +40,7 @@ EXACT = {  # model type, and what is special about it
     "gpt_oss mixed": dict(HEAD, num_local_experts=4, num_experts_per_tok=2, **MIXED, **EAGER),
     "smollm3": dict(LLAMA, no_rope_layers=[1, 0]),
 }
-APART = {  # attention by distance in the row, a layer's own windows or chunks, convolution, recurrence
+APART = {  # attention by distance in the row, windows of a layer's own, convolution, recurrence
     "bloom": SMALL,
     "mpt": dict(vocab_size=V, d_model=32, n_heads=4, n_layers=2),
     "gpt_neo": dict(SMALL, attention_types=[[["global", "local"], 1]], num_layers=2, window_size=6),

@@ -1,4 +1,4 @@
-"""Two and four processes do what one does: the same samples and weights, however the model is cut."""
+"""Two and four processes do what one does: same samples, same weights, however a model is cut."""
 import itertools, json, os, subprocess, sys
 
 import pytest
@@ -217,8 +217,8 @@ def test_an_exported_model_scores_the_same_elsewhere(ran, name, processes):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A model of 304 MB in a folder: in bfloat16, so that it must be converted, since a CPU may leave
-    fp32 weights in the file, mapped."""
+    """A model of 304 MB in a folder, in bfloat16: it must be converted, since a CPU may leave fp32
+    weights in the file, mapped."""
     root = tmp_path_factory.mktemp("large")
     build("llama").save_pretrained(root / "llama")
     config = tr.LlamaConfig(

@@ -1,5 +1,5 @@
 """A run that is killed or out of disk space ends in the very bytes of one that was not."""
-import hashlib, json, os, random, re, resource, shutil, signal, socket, sys, threading, time
+import gc, hashlib, json, os, random, re, resource, shutil, signal, socket, sys, threading, time
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,8 @@ import sami, tiny
 from test_parallel import launch
 
 RUN = ["--iterations=2", "--steps=2,3", "--eval_queries=2", "--temperature=0.5"]
-PHASES = dict(collect="sampling", train="training", save_model="saving", measure="measuring")
+PHASES = dict(load_model="loading", collect="sampling", train="training", save_model="saving",
+              measure="measuring")
 
 
 def free_port():
@@ -41,7 +42,7 @@ def noted(path, name):
 def watch(path):
     """Write down which phase begins, and how many training queries are sampled."""
     def phase(function, name):
-        return lambda *args: (note(path, "phases", name), function(*args))[1]
+        return lambda *args, **how: (note(path, "phases", name), function(*args, **how))[1]
 
     for name, what in PHASES.items():
         setattr(sami, name, phase(getattr(sami, name), what))
@@ -64,6 +65,7 @@ def start(flags, world=1, largest_file=None):
             continue
         code = 99
         signal.alarm(100)  # ends it: a test may fail but not hang
+        gc.freeze()  # else gc.collect() copies all memory that is shared with the parent
         try:
             os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank),
                               LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
