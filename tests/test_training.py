@@ -278,8 +278,8 @@ def test_checkpointing_changes_nothing(examples, monkeypatch):
     flagged, [_, f2] = trained(examples, 2, lr=1e-4, checkpointing=True)
     assert p2["loss"] == pytest.approx(f2["loss"], abs=1e-6)
     assert max((plain[k] - flagged[k]).abs().max() for k in plain) < 1e-6
-    # 2 layers: 2 steps, forward twice; the comparison with plain scoring; the look at the end
-    assert len(runs) == 2 * 2 * 2 + 2 * 2 + 2
+    # 2 layers: 2 steps, forward twice; and the comparison with plain scoring
+    assert len(runs) == 2 * 2 * 2 + 2 * 2
 
 
 def test_one_adamw_step_by_hand(examples):
