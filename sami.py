@@ -1011,7 +1011,7 @@ def train(model, examples, steps, iteration, cfg):
     """Train `model` in place: `steps` steps, each on the next cfg.batch_size Examples."""
     params, size = [p for p in model.parameters() if p.requires_grad], cfg.batch_size
     if cfg.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()  # transformers heeds it in this mode only; dropout is 0
     kind = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[cfg.optimizer]
     optimizer = kind(params, foreach=False)  # the default makes temporaries as large as the model

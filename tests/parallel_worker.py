@@ -1,6 +1,7 @@
 """What test_parallel.py runs in each process: cases, made of the functions of sami.py's loop."""
 import json, shutil, sys, threading, time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -29,8 +30,8 @@ def case(folder, out, parallel="auto", node=0, dtype="float32", given="", **flag
     model = None
     model = sami.load_model(cfg.model, device, cfg)
     sami.add_base_logps(model, examples, cfg)
-    sami.record = lambda cfg, row: found["reports"].append(row)
-    sami.train(model, examples, 2, 1, cfg)
+    with mock.patch.object(sami, "record", lambda cfg, row: found["reports"].append(row)):
+        sami.train(model, examples, 2, 1, cfg)
     held, scored = sami.heldout_information(model, tokenizer, task, cfg)
     sami.save_model(model, tokenizer, out)
     own = sum(getattr(p, "_local_tensor", p).numel() for p in model.parameters())

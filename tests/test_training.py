@@ -152,7 +152,7 @@ def test_what_a_run_says_about_itself(ran):
     config = about["config"]
     assert config["lr"] == 3e-3 and config["steps"] == "1,2,3" and config["restart"] is True
     assert about["versions"]["torch"] == torch.__version__
-    assert about["world_size"] == 1 and "commit" in about and "task_sha256" in about
+    assert about["world_size"] == 1 and "git_commit" in about and "task_sha256" in about
     assert "0.693" in ran["printed"], "chance: log 2"
     assert not list(ran["out"].rglob("*.tmp"))
 
