@@ -635,9 +635,9 @@ def encode(tokenizer, prompt, prefix=""):
         return tokenizer(text, split_special_tokens=letters, **how).input_ids
 
     if isinstance(prompt, str):
-        ids, both = ids_of(prompt), ids_of(prompt + prefix)
+        ids, both = (ids_of(text) for text in (prompt, prompt + prefix))
         if ids[-1:] == [tokenizer.eos_token_id] != [tokenizer.bos_token_id]:
-            ids = ids[:-1]
+            ids, both = ids[:-1], both[:-1]
     else:
         control = {re.escape(str(t)) for t in tokenizer.added_tokens_decoder.values() if t.special}
         control = re.compile("|".join(sorted(control, key=len, reverse=True)) or "(?!)")

@@ -105,7 +105,7 @@ def test_a_preset_gives_values_and_flags_override_them():
     preset = f"--preset={ROOT}/data/tldr/mixtral-8x7b.json"
     cfg = sami.parse(sami.Config, ["--lr=1e-6", preset, "--restart=False"])
     assert (cfg.lr, cfg.batch_size, cfg.n, cfg.optimizer, cfg.beta, cfg.grad_clip, cfg.restart) == (
-        1e-6, 128, 2, "rmsprop", 0, 0, False)
+        1e-6, 128, 2, "rmsprop", 0, 1, False)
     assert len(PRESETS) >= 6
     for path in PRESETS:
         sami.parse(sami.Config, [f"--preset={path}"])
