@@ -65,6 +65,7 @@ def start(flags, world=1, largest_file=None):
             continue
         code = 99
         signal.alarm(100)  # ends it: a test may fail but not hang
+        torch.set_num_threads(1)  # makes a pool anew, which two threads at once must not
         gc.freeze()  # else gc.collect() copies all memory that is shared with the parent
         try:
             os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank),
@@ -153,12 +154,13 @@ def test_killed_at_twenty_random_moments(undisturbed, tmp_path):
         lasted[what] = min(lasted.get(what, over - begun), over - begun)
     chance, places, runs = random.Random(world), [], 0
     phases = ("sampling", "training", "saving")
-    while len(places) < 20:
+    enough = lambda: len(places) >= 20 and min(map(places.count, phases)) >= 3
+    while not enough():
         path, runs = tmp_path / str(runs), runs + 1
         flags, codes = [*like(undisturbed, path), "--resume"], [-9]
         while -9 in codes:
             children = start(flags, world)
-            if len(places) < 20:
+            if not enough():
                 phase = min(phases, key=places.count)  # a kill may come when that is over
                 await_phase(path, children, phase)
                 time.sleep(chance.uniform(0, lasted[phase]))
@@ -169,7 +171,7 @@ def test_killed_at_twenty_random_moments(undisturbed, tmp_path):
         assert codes == [0] * world, said(path)
         assert left(path) == left(whole)
         assert not list((path / "out").glob("*.tmp"))
-    assert all(places.count(phase) >= 3 for phase in phases), places
+        assert len(places) < 60, places
 
 
 def unfinished(whole, path):
