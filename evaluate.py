@@ -110,7 +110,7 @@ if __name__ == "__main__" and any(a.startswith("--rescore=") for a in sys.argv):
 import sami
 import torch
 from sami import BadInput, Constitution, RunFailed, compute, encode, flag, flat, load_model
-from sami import load_tokenizer, need, rng_for
+from sami import load_tokenizer, need
 
 SETS = ("learned", "heldout", "positive", "negative", "mixed", "paraphrased", "reordered")
 JUDGED = ("learned", "heldout", "positive")  # the sets in which responses are compared
@@ -166,7 +166,7 @@ def make_items(task, cfg):
     sets, k, items = cfg.sets.split(","), task.principles_per_constitution, []
     need(set(sets) <= set(SETS), f"--sets={cfg.sets}: choose from {','.join(SETS)}")
     for i, q in enumerate(task.test[:cfg.queries or None]):
-        draw = rng_for(cfg.seed, 0, i, 10)
+        draw = np.random.default_rng((cfg.seed, 0, i, 10))
         made = dict(learned=task.draw(draw, 1, q.get("focus"))[0])
         if len(task.heldout) >= k:
             made["heldout"] = task.draw(draw, 1, heldout=True)[0]
@@ -192,7 +192,7 @@ def read_responses(path, task, tokenizer):
         try:
             row = json.loads(line)
             query, c, text = row["query"], row["constitution"] + "", row["response"] + ""
-            fine = sami.is_query(query, task.chat)
+            fine = task.is_query(query)
         except (ValueError, KeyError, TypeError):
             fine = False
         need(fine, f'{path} line {i + 1} has to hold the texts "query" (or, with "chat" in '
@@ -293,7 +293,7 @@ def ask_models(paths, task, cfg, settings):
     device, rules, first = sami.pick_device(cfg), load_rules(task), next(iter(paths))
     small = {name: load_tokenizer(path) for name, path in paths.items() if not path.endswith(".jsonl")}
     for config, tokenizer in small.values():  # before any weights load
-        sami.check_lengths(task, config, tokenizer, settings)
+        task.check_lengths(config, tokenizer, settings)
     items, answers, infos, base_logps = None, {}, {}, {}
     for name in (name for name in paths if name not in small):
         found, answers[name] = read_responses(paths[name], task, next(iter(small.values()))[1] if small else None)
@@ -548,7 +548,7 @@ def compare(judge, comparisons, orders, seed):
     Orders that disagree are a tie, which takes out a love of one position; identical texts are a tie without asking."""
     shown, plan, votes = [], [], [[] for _ in comparisons]
     for k, (item, baseline, test) in enumerate(comparisons):
-        one = bool(rng_for(seed, item["index"]).integers(2))
+        one = bool(np.random.default_rng((seed, item["index"])).integers(2))
         flips = [True, False] if orders == "both" else [one]
         for first in flips if baseline != test else []:
             plan.append((k, first))

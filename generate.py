@@ -14,6 +14,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 import sami
 from sami import flag, need
 
@@ -110,7 +112,7 @@ def show(task, config, tokenizer, cfg):
     """Print what a run of sami.py with these flags would read of a task, and what it would drop."""
     ids = lambda fill, q, c, prefix: sum(sami.encode(tokenizer, fill(q["query"], c), prefix), [])
     some = list(enumerate(task.train))[::len(task.train) // 500 + 1]  # enough for a mean
-    drawn = [task.draw(sami.rng_for(cfg.seed, 1, i, sami.DRAW), cfg.n, q.get("focus"))
+    drawn = [task.draw(np.random.default_rng((cfg.seed, 1, i, sami.DRAW)), cfg.n, q.get("focus"))
              for i, q in some]
     for kind, fill, prefix in (("sampling", task.sampling_prompt, task.response_prefix),
                                ("scoring", task.prompt, "")):
@@ -128,7 +130,7 @@ def show(task, config, tokenizer, cfg):
     print("--- a query is dropped if a response is empty or two are the same",
           *[f"{text} {getattr(task, key)!r}" for key, text in words.items() if getattr(task, key)],
           sep="\n")
-    # as sami.check_lengths has it: every query with the longest wordings
+    # as Task.check_lengths has it: every query with the longest wordings
     size = lambda text: len(tokenizer(text).input_ids)
     texts = [max(p["positive"] + p["negative"], key=size) for p in task.principles + task.heldout]
     texts = sorted(texts, key=size)[-task.principles_per_constitution:]
@@ -159,7 +161,7 @@ def main(argv):
         return
     queries = task.read_queries(Path(cfg.queries).resolve()) if cfg.queries else task.test
     queries = queries[:cfg.limit or None]
-    sami.check_lengths(task, config, tokenizer, cfg)
+    task.check_lengths(config, tokenizer, cfg)
     if cfg.show:
         return show(task, config, tokenizer, cfg)
     made_by = {k: getattr(cfg, k) for k in ("model", "temperature", "top_p", "heldout", "max_new_tokens", "seed")}
@@ -174,7 +176,7 @@ def main(argv):
     print(f"{len(queries)} queries, {len(queries) - len(todo)} already in {out}")
     model = sami.load_model(cfg.model, device, cfg) if todo else None
     for chunk in (todo[k:k + 1024] for k in range(0, len(todo), 1024)):  # what a stop loses at most
-        drawn = [task.draw(sami.rng_for(cfg.seed, i), 1, heldout=cfg.heldout)[0] for i, _ in chunk]
+        drawn = [task.draw(np.random.default_rng((cfg.seed, i)), 1, heldout=cfg.heldout)[0] for i, _ in chunk]
         pairs = [(q["query"], cfg.constitution or c) for (_, q), c in zip(chunk, drawn)]
         keys = [(cfg.seed, i, 0) for i, _ in chunk]
         found = sami.respond(model, tokenizer, task, pairs, cfg, keys, cfg.temperature,

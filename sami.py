@@ -21,30 +21,30 @@ What is known about this objective (tests/test_information.py shows it by enumer
  3. Only differences of log-probs count. Pushed far, a model falls into gibberish while its loss
     still falls; few steps, a small learning rate, a restart from the base or beta > 0 prevent it.
 
-Where this file departs from the paper (P) and from the authors' code (A):
+Departures from the paper (P) and from the authors' code (A):
  1. any n >= 2 (A: two), with different sides of the same principles
  2. prompt and response are tokenised apart, the sampled ids themselves are scored (A: joined text)
  3. a step is the mean over all its queries (A, as run: the last 8 of 128, and the first at lr 0)
- 4. weights are fp32 whatever computes (A: bf16, in which most of a step of 5e-7 rounds to nothing)
+ 4. fp32 weights, whatever computes (A: bf16, in which most of a step of 5e-7 rounds to nothing)
  5. on held-out queries InfoNCE is reported, at most log n (P: a mean of logs, which is no bound)
  6. beta weighs a KL on response tokens, 0 in the paper's presets (A: prompt and padding counted)
  7. data order, draws and noise are functions of (seed, iteration, query)
 """
-import argparse, contextlib, dataclasses, functools, gc, hashlib, importlib.metadata, inspect
-import itertools, json, math, os, re, shutil, subprocess, sys, time, types
+import argparse, contextlib, dataclasses, gc, hashlib, itertools, json, math, os, re, shutil
+import subprocess, sys, time, types
 from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave the CPU to others
 
-import filelock
-import jinja2
+import filelock, jinja2, torch, transformers
 import numpy as np
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 # ------------------------------------------------------------------------------------------- config
 
@@ -79,8 +79,8 @@ class Config:
     sample_batch: int = flag(64, "responses sampled side by side; less takes less memory", low=1)
     tokens_per_pass: int = flag(8192, "tokens scored at once; less takes less memory", low=1)
     checkpointing: bool = flag(False, "activations twice: less memory, a third more time")
-    parallel: str = flag("auto", "a copy of the model on each GPU (ddp), one cut over all (fsdp), "
-                         "one on each node (hybrid)", "auto", "ddp", "fsdp", "hybrid")
+    parallel: str = flag("auto", "the model on each GPU (ddp), cut over all (fsdp), or over those "
+                         "of a node (hybrid)", "auto", "ddp", "fsdp", "hybrid")
     resume: bool = flag(False, "go on with the run in out_dir, as if it had never stopped")
     seed: int = flag(1, "data order, draws and sampling noise are functions of it", low=0)
     device: str = flag("auto", "where it runs", "auto", "cpu", "cuda", "mps")
@@ -95,19 +95,21 @@ class RunFailed(Exception):
     """What went wrong while running. One sentence with the fix; exit code 1."""
 
 
-def need(ok, sentence):
+def need(ok, sentence, error=BadInput):
     if not ok:
-        raise BadInput(sentence)
+        raise error(sentence)
 
 
-def read_json(path, kind):
-    need(Path(path).is_file(), f"{path} is missing; name a file that is there")
+@contextlib.contextmanager
+def telling(what, error=BadInput):
+    """Whatever goes wrong inside is told in one sentence: what, and the reason."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise BadInput(f"{path} is not valid JSON: {e}")
-    need(isinstance(value, kind), f"{path} must hold a JSON {'object' if kind is dict else 'list'}")
-    return value
+        yield
+    except (BadInput, RunFailed):
+        raise
+    except Exception as e:
+        reason = " ".join(str(e).split())[:300]
+        raise error(f"{what}: {reason if len(reason) > 20 else repr(e)}")
 
 
 def parse(Config, argv):
@@ -123,8 +125,9 @@ def parse(Config, argv):
         parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **kind)
     given = parser.parse_args(argv)
     if getattr(given, "preset", ""):
-        preset = [f"--{k}={v}" for k, v in read_json(given.preset, dict).items()]
-        given = parser.parse_args([*preset, *argv])
+        with telling(f"{given.preset} must be a JSON object of flags"):
+            preset = json.loads(Path(given.preset).read_text("utf-8")).items()
+        given = parser.parse_args([*(f"--{k}={v}" for k, v in preset), *argv])
     for f in dataclasses.fields(Config):
         value, low, high = getattr(given, f.name), f.metadata["low"], f.metadata["high"]
         need(isinstance(value, str) or low <= value <= high,
@@ -179,69 +182,29 @@ def plain_logps(model, prompts, siblings):
     return torch.cat([logp[b, len(p) - 1:len(p + y) - 1] for b, (p, y) in enumerate(rows)])
 
 
-class HeadLogps(torch.autograd.Function):
+def head_logps(h, w, b, target, scale=1, cap=None):
     """log softmax(cap * tanh(scale * (h W' + b) / cap)) at given tokens, without (K, V) logits.
 
     h (K, D), w (V, D), b (V,) or None, target (K,) -> (K,) fp32, nats. Logits exist for a few rows
     at a time and again in backward: what a token weighs in the loss is known once the matrix is."""
-
-    @staticmethod
-    def logits(h, w, b, scale, cap):
+    def part_logps(h, target):
         z = (h @ w.to(h.dtype).T).float()  # (k, V)
-        z = z if b is None else z + b
-        z = z if scale == 1 else z * scale
-        return cap * torch.tanh(z / cap) if cap else z
+        z = (z if b is None else z + b) * scale
+        z = cap * torch.tanh(z / cap) if cap else z
+        return -F.cross_entropy(z, target, reduction="none")
 
-    @staticmethod
-    def forward(ctx, h, w, b, target, scale, cap):
-        rows = max(1, 2**22 // len(w))  # 16 MB of logits
-        ctx.parts = [slice(k, k + rows) for k in range(0, len(h), rows)]
-        norm, logp = (h.new_empty(len(h), dtype=torch.float32) for _ in range(2))
-        for part in ctx.parts:
-            z = HeadLogps.logits(h[part], w, b, scale, cap)
-            norm[part] = z.logsumexp(-1)
-            logp[part] = z.gather(1, target[part, None])[:, 0] - norm[part]
-        ctx.save_for_backward(h, w, b, target, norm)
-        ctx.scale, ctx.cap = scale, cap
-        return logp
-
-    @staticmethod
-    def backward(ctx, grad):
-        h, w, b, target, norm = ctx.saved_tensors
-        dh, dw = torch.empty_like(h), torch.zeros_like(w, dtype=torch.float32)  # sums need fp32
-        db = None if b is None else torch.zeros_like(b)
-        for part in ctx.parts:
-            z = HeadLogps.logits(h[part], w, b, ctx.scale, ctx.cap)
-            slope = 1 - (z / ctx.cap) ** 2 if ctx.cap else 1
-            # d logp / d z = onehot(target) - softmax(z)
-            dz = z.sub_(norm[part, None]).exp_().mul_(-grad[part, None])
-            dz.scatter_add_(1, target[part, None], grad[part, None])
-            dz = dz if ctx.scale == 1 and not ctx.cap else dz * slope * ctx.scale
-            db = db if b is None else db + dz.sum(0)
-            dz = dz.to(h.dtype)
-            dh[part] = dz @ w.to(h.dtype)
-            dw.addmm_(dz.T, h[part]) if h.dtype == dw.dtype else dw.add_(dz.T @ h[part])
-        return dh, dw.to(w.dtype), db, None, None, None
+    rows = max(1, 2**23 // len(w))  # 32 MB of logits
+    return torch.cat([checkpoint(part_logps, *part, use_reentrant=False, preserve_rng_state=False)
+                      for part in zip(h.split(rows), target.split(rows))])
 
 
-def sibling_mask(config, segment, position):
+def sibling_mask(segment):
     """Additive attention mask (B, 1, S, S): a token sees its prompt and its response up to itself.
 
-    segment (B, S): 0 = prompt, j = j-th response, -1 = padding. A model adds nothing to a mask that
-    it is given, so sliding windows are built in; one that mixes layers takes two masks."""
-    kinds = set(getattr(config, "layer_types", None) or [])
-    strange = kinds - {"full_attention", "sliding_attention"} | {"window_size"} & set(vars(config))
-    if strange:  # seen only in texts longer than the window: comparing short ones would not tell
-        raise NotImplementedError(f"it has layers with {min(strange)}")
+    segment (B, S): 0 = prompt, j = j-th response, -1 = padding."""
     same = (segment[:, :, None] == segment[:, None, :]) | (segment == 0)[:, None, :]  # (B, S, S)
-    full = near = same & torch.ones_like(same).tril()
-    # a window counts where the config's class knows it (others carry it along) and layers use it
-    if ("sliding_window" in inspect.signature(type(config)).parameters and config.sliding_window
-            and getattr(config, "use_sliding_window", True) and kinds != {"full_attention"}):
-        near = full & (position[:, :, None] - position[:, None, :] < config.sliding_window)
-    full, near = (torch.zeros(m.shape, device=m.device).masked_fill(~m, torch.finfo().min)[:, None]
-                  for m in (full, near))
-    return {"full_attention": full, "sliding_attention": near} if len(kinds) > 1 else near
+    hidden = ~(same & torch.ones_like(same).tril())[:, None]  # (B, 1, S, S)
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, torch.finfo().min)
 
 
 def shared_logps(model, prompts, siblings):
@@ -274,46 +237,42 @@ def shared_logps(model, prompts, siblings):
         position.append(pos + [0] * pad)
     ids, segment, position, source, target = (
         torch.tensor(x, device=model.device) for x in (ids, segment, position, source, target))
-    config, layout, kind = model.config.get_text_config(), {}, model.device.type
+    layout, kind = {}, model.device.type
     if several:  # with one response a row, causal attention and padding on the right need no mask
-        mask = sibling_mask(config, segment, position)
-        layout = dict(attention_mask=mask, position_ids=position)
+        layout = dict(attention_mask=sibling_mask(segment), position_ids=position)
     hidden = model.base_model(ids, use_cache=False, **layout).last_hidden_state  # (B, S, D)
     if torch.is_autocast_enabled(kind):  # backward runs outside of autocast, on the same logits
         hidden = hidden.to(torch.get_autocast_dtype(kind))
-    head = model.get_output_embeddings()
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
     if type(head).forward is not torch.nn.Linear.forward:  # an adapter's share would be lost
         raise NotImplementedError("its output head is no plain linear layer")
     scale = 1 / (getattr(config, "logits_scaling", None) or 1)
     scale = getattr(config, "logit_scale", None) or scale
     cap = getattr(config, "final_logit_softcapping", None)
     # only the predicting positions reach the vocabulary
-    return HeadLogps.apply(hidden.flatten(0, 1)[source], head.weight, head.bias, target, scale, cap)
-
-
-def fast_logps(model, prompts, siblings):
-    """shared_logps, of a sharded model by a method that brings its weights together."""
-    method = getattr(model, "shared_logps", functools.partial(shared_logps, model))
-    return method(prompts, siblings)
+    hidden = hidden.flatten(0, 1)[source]  # (K, D)
+    return head_logps(hidden, head.weight, head.bias, target, scale, cap)
 
 
 def can_share(model, prompts, siblings):
     """Does the fast way give what the obvious one gives? Not where a layer does not heed the mask
-    (ALiBi, convolution, chunked or linear attention), nor with an adapter on the output head."""
+    (ALiBi, convolution, linear attention), nor with an adapter on the output head."""
+    model.shared_logps = types.MethodType(shared_logps, model)
+    register_fsdp_forward_method(model, "shared_logps")  # brings weights together, as forward does
     kind = model.device.type
     # sharded weights compute in bfloat16 in any case, which puts single tokens far off
     coarse = isinstance(model, FSDPModule) and torch.is_autocast_enabled(kind)
     with torch.no_grad(), torch.autocast(kind, enabled=coarse):
         plain = plain_logps(model, prompts, siblings)
         try:
-            off = (fast_logps(model, prompts, siblings) - plain).abs()
+            off = (model.shared_logps(prompts, siblings) - plain).abs()
             worst, why = (off.mean() if coarse else off.max()).item(), "log-probs differ"
         except Exception as e:  # architectures refuse a mask in many ways
             worst, why = math.inf, str(e).split("\n")[0] or type(e).__name__
     bad = worst >= (5e-3 if coarse else 1e-4) * (1 + plain.abs().max().item())
     works = sum_processes([bad]) == [0]  # all get the same answer
     if not works:
-        say(f"scoring every pair apart: responses cannot share a prompt in this model ({why})")
+        print(f"scoring every pair apart: responses cannot share a prompt in this model ({why})")
     return works
 
 
@@ -324,12 +283,17 @@ def score(model, prompts, siblings):
     way with the obvious one, on the halves of a text, so that it holds for whatever comes later."""
     if not (all(prompts) and all(y for ys in siblings for y in ys)):
         raise ValueError("cannot score an empty prompt or an empty response")
+    row = max(len(p) + sum(map(len, ys)) for p, ys in zip(prompts, siblings))
+    # the mask knows no windows: in a longer row, a layer would see more than it was trained to
+    window = min([v for k, v in vars(model.config.get_text_config()).items() if type(v) is int
+                  and v > 0 and re.search("(window|chunk)(_size)?$", k)], default=2 * row)
     if not hasattr(model, "shares_prompts"):
-        text = max((p + y for p, ys in zip(prompts, siblings) for y in ys), key=len)
+        text = max((p + y for p, ys in zip(prompts, siblings) for y in ys), key=len)[:window // 2]
         head, tail = text[:len(text) // 2], text[len(text) // 2:]
         probe = [head, head[:1]], [[tail, tail[::-1]], [tail, head]]
         model.shares_prompts = can_share(model, *probe)
-    logps = (fast_logps if model.shares_prompts else plain_logps)(model, prompts, siblings)
+    fast = model.shares_prompts and row <= window
+    logps = model.shared_logps(prompts, siblings) if fast else plain_logps(model, prompts, siblings)
     parts = iter(logps.split([len(y) for ys in siblings for y in ys]))
     return [[next(parts) for _ in ys] for ys in siblings]
 
@@ -345,11 +309,6 @@ def logp_matrix(model, prompts, responses, reduce="mean"):
 
 
 # ----------------------------------------------------------------------------------------- sampling
-
-
-def rng_for(*key):
-    """Random numbers as a function of whole numbers such as (seed, iteration, query, purpose)."""
-    return np.random.default_rng(key)
 
 
 def pick(logits, temperature, top_p, u):
@@ -398,8 +357,8 @@ def sample(model, prompts, *, max_new_tokens, temperature, top_p=1.0, eos_ids, s
     for rows in (order[k:k + batch] for k in range(0, len(order), batch)):
         # 2. prefill, and all the noise of this batch: (B, max_new_tokens) in (0, 1]
         cache, logits, mask = prefill(model, [prompts[i] for i in rows])
-        u = np.stack([rng_for(*keys[i]).random(max_new_tokens, dtype=np.float32) for i in rows])
-        u = 1 - torch.tensor(u, device=model.device)
+        u = [np.random.default_rng(keys[i]).random(max_new_tokens, np.float32) for i in rows]
+        u = 1 - torch.tensor(np.stack(u), device=model.device)
         # 3. decode: row b is the response to prompt running[b], or None when that has finished
         running = list(rows)
         for t in range(max_new_tokens):
@@ -445,7 +404,6 @@ class Constitution:
         return "\n".join(lines) if self.numbered else " ".join(self.texts)
 
     def shuffled(self, rng):
-        """The same in another order: nothing must hang on the order."""
         order = rng.permutation(len(self.names))
         fields = (tuple(f[i] for i in order) for f in (self.names, self.sides, self.texts))
         return Constitution(*fields, self.numbered)
@@ -456,14 +414,6 @@ def flat(x):
     return x if isinstance(x, str) else "\n".join(f"{m['role']}: {m['content']}" for m in x)
 
 
-def is_query(x, chat):
-    """A text; for a chat model also the messages of a dialogue, the user's first and last."""
-    turns = x if chat and isinstance(x, list) else [dict(role="user", content=x)]
-    return len(turns) % 2 == 1 and all(
-        isinstance(m, dict) and m.get("role") == ("user", "assistant")[i % 2]
-        and isinstance(m.get("content"), str) and m["content"].strip() for i, m in enumerate(turns))
-
-
 TASK_KEYS = dict(  # what task.json may hold, and what counts where it holds nothing
     about="", sampling_prompt="", scoring_prompt="", chat=False, response_prefix="",
     answer_after="", stop=[], drop_if_contains=[], first_must_end_with="",
@@ -472,71 +422,71 @@ TASK_KEYS = dict(  # what task.json may hold, and what counts where it holds not
 
 
 class Task:
-    """A folder with task.json (TASK_KEYS), principles.json and two files of queries."""
+    """A folder with task.json (TASK_KEYS), principles.json and two files of queries; or the path of
+    another such .json file. Raises BadInput with file, line and fix."""
 
     def __init__(self, folder):
         path = Path(folder) if str(folder).endswith(".json") else Path(folder) / "task.json"
-        spec = read_json(path, dict)
-        spec = {**TASK_KEYS, "scoring_prompt": spec.get("sampling_prompt", ""), **spec}
-        for key, value in spec.items():
-            need(key in TASK_KEYS, f"{path}: unknown key {key!r}; there are {', '.join(TASK_KEYS)}")
-            kind, texts = type(TASK_KEYS[key]), value if isinstance(value, list) else []
-            need(type(value) is kind and all(t and isinstance(t, str) for t in texts), f"{path}: "
-                 f"{key!r} must be a {kind.__name__}{' of texts' * (kind is list)}, not {value!r}")
-        need(spec["others"] in ("independent", "complement"),
-             f"{path}: 'others' must be independent or complement")
-        for key in ("sampling_prompt", "scoring_prompt"):
-            need("{constitution}" in spec[key] and ("{query}" in spec[key]) != spec["chat"],
-                 f"{path}: {key!r} must have {{constitution}} and {{query}} in it; with 'chat' it "
-                 "is the system message and the query is the user's: remove {query}")
+        with telling(path):
+            spec = dict(json.loads(path.read_text("utf-8")))
+            spec = {**TASK_KEYS, "scoring_prompt": spec.get("sampling_prompt", ""), **spec}
+            for key, value in spec.items():
+                assert key in TASK_KEYS, f"there is no key {key!r}, but {', '.join(TASK_KEYS)}"
+                kind, texts = type(TASK_KEYS[key]), value if isinstance(value, list) else []
+                assert type(value) is kind and all(t and isinstance(t, str) for t in texts), (
+                    f"{key!r} must be a {kind.__name__}, any list one of texts, not {value!r}")
+                assert not key.endswith("_prompt") or (
+                    "{constitution}" in value and ("{query}" in value) != spec["chat"]), (
+                    f"{key!r} must have {{constitution}} and {{query}}; with 'chat' it is the "
+                    "system message, and the query is the user's: remove {query}")
+            assert spec["others"] in ("independent", "complement"), (
+                "'others' must be independent or complement")
         self.templates = spec.pop("sampling_prompt"), spec.pop("scoring_prompt")
         self.__dict__.update(spec, path=path, folder=path.parent)
-        every = self.read_principles(self.folder / spec["principles"])
-        self.principles = [p for p in every if not p["heldout"]]
-        self.heldout = [p for p in every if p["heldout"]]
-        k, most = self.principles_per_constitution, len(self.principles)
-        need(1 <= k <= most, f"{path}: principles_per_constitution is {k} and must lie between 1 "
-             f"and the {most} principles to train on")
-        self.train, self.test = self.read_queries(spec["train"]), self.read_queries(spec["test"])
-        both = {flat(q["query"]) for q in self.train} & {flat(q["query"]) for q in self.test}
-        need(not both, f"{self.folder}: {min(both, default='')[:60]!r} is in {spec['train']} and "
-             f"in {spec['test']}; remove it from one of them")
+        self.principles, self.heldout = self.read_principles(self.folder / self.principles)
+        need(0 < self.principles_per_constitution <= len(self.principles), f"{path}: principles_per"
+             f"_constitution must lie between 1 and the {len(self.principles)} to train on")
+        self.train, self.test = self.read_queries(self.train), self.read_queries(self.test)
+        seen = {flat(q["query"]) for q in self.train}
+        for q in self.test:
+            need(flat(q["query"]) not in seen, f"{q['line']}: {flat(q['query'])[:60]!r} is in "
+                 f"{spec['train']} too; remove it from one of them")
 
     def read_principles(self, path):
-        """-> dicts: name, positive and negative (lists of wordings), heldout."""
-        found = {}
-        for i, p in enumerate(read_json(path, list), 1):
-            try:
+        """-> those to train on, those held out: dicts of name, positive and negative (lists of
+        wordings), heldout."""
+        with telling(path):
+            rows, found = list(json.loads(path.read_text("utf-8"))), {}
+        for i, p in enumerate(rows, 1):
+            with telling(f"{path}: principle {i} must have a 'name' of its own, a 'positive' text "
+                         "(or a list of wordings), as the 'negative' its antithesis, may say if it "
+                         f"is 'heldout' (true or false), and has nothing else: {p}"):
                 p = dict(dict(heldout=False), **p)
                 for side in ("positive", "negative"):
                     p[side] = [p[side]] if isinstance(p[side], str) else p[side]
-                texts = [p["name"], *p["positive"], *p["negative"]]
-                fine = (len(p) == 4 and all(t.strip() for t in texts) and p["name"] not in found
-                        and p["positive"] and p["negative"] and isinstance(p["heldout"], bool)
-                        and not set(p["positive"]) & set(p["negative"]))
-            except (TypeError, KeyError, AttributeError, ValueError):
-                fine = False
-            need(fine, f"{path}: principle {i} must have a 'name' of its own, a 'positive' text, or "
-                 "a list of wordings, and as the 'negative' one its antithesis, may say whether it "
-                 f"is 'heldout' (true or false), and has nothing else: {p}")
+                assert all(t.strip() for t in [p["name"], *p["positive"], *p["negative"]])
+                assert len(p) == 4 and p["positive"] and p["negative"] and p["name"] not in found
+                assert type(p["heldout"]) is bool and not set(p["positive"]) & set(p["negative"])
             found[p["name"]] = p
-        return list(found.values())
+        return [[p for p in found.values() if p["heldout"] is held] for held in (False, True)]
+
+    def is_query(self, x):
+        """A text; for a chat model also the messages of a dialogue, the user's first and last."""
+        turns = x if self.chat and isinstance(x, list) else [dict(role="user", content=x)]
+        return len(turns) % 2 and all(m["content"].strip() and m["role"] == "user assistant".split()
+                                      [i % 2] for i, m in enumerate(turns))
 
     def read_queries(self, name):
         """-> dicts: query, line (where it stands), and what else its line holds."""
         path, rows, names = self.folder / name, [], [None, *(p["name"] for p in self.principles)]
-        need(path.is_file(), f"{path} is missing; run python {self.folder}/prepare.py, or write "
-             'it: one {"query": "..."} a line')
-        lines = path.read_bytes().rstrip().split(b"\n")  # no splitlines(): texts may hold U+2028
+        with telling(f"{path} cannot be read; write it, or run python {self.folder}/prepare.py"):
+            lines = path.read_bytes().rstrip().split(b"\n")  # no splitlines(): texts hold U+2028
         for i, line in enumerate(lines, 1):
-            try:
+            with telling(f'{path} line {i} must be {{"query": a text}}; with "chat" also a list of '
+                         "messages {role, content}, user and assistant in turn, the user first and "
+                         f'last; "focus" names a principle to train on: {line[:60]!r}'):
                 row = json.loads(line)
-                fine = is_query(row["query"], self.chat) and row.get("focus") in names
-            except (ValueError, KeyError, TypeError):
-                fine = False
-            need(fine, f'{path} line {i} must be {{"query": "..."}}, with a text, or with "chat" a '
-                 "list of messages {role, content} of user and assistant in turn, the user first "
-                 f'and last; a "focus" names a principle that is trained on: {line[:60]!r}')
+                assert self.is_query(row["query"]) and row.get("focus") in names
             rows.append(dict(row, line=f"{path} line {i}"))
         return rows
 
@@ -547,11 +497,9 @@ class Task:
         they come in pairs of opposites ("complement"). `focus` names a principle of which all but
         the first take the other side. Raises BadInput when there are fewer than n."""
         pool, k = self.heldout if heldout else self.principles, self.principles_per_constitution
-        most = 2 ** (k - 1) + 1 if focus else 2**k
-        need(k <= len(pool), f"{self.path}: a constitution has {k} principles, held out are "
-             f"{len(pool)}")
-        need(n <= most, f"{self.path}: {k} principles a constitution make at most {most} different "
-             f"constitutions, and n is {n}; lower --n or raise principles_per_constitution")
+        most = 0 if k > len(pool) else 2 ** (k - 1) + 1 if focus else 2**k
+        need(n <= most, f"{self.path}: {k} of {len(pool)} principles make at most {most} different "
+             f"constitutions, not {n}; lower --n or change principles_per_constitution")
         chosen = sorted(rng.permutation(len(pool)), key=lambda i: pool[i]["name"] != focus)[:k]
         sides = []  # n tuples of k bools, that of the focus first
         while len(sides) < n:
@@ -569,11 +517,11 @@ class Task:
                 for s in sides]
 
     def sampling_prompt(self, x, c):
-        """What comes before a response when it is sampled: a text, or with "chat" messages."""
+        """What a response is sampled behind: a text, or with "chat" messages."""
         return self.fill(self.templates[0], x, c)
 
     def prompt(self, x, c):
-        """What comes before a response when it is scored: a text, or with "chat" messages."""
+        """What a response is scored behind."""
         return self.fill(self.templates[1], x, c)
 
     def fill(self, template, x, c):
@@ -582,6 +530,20 @@ class Task:
             return [system, *([dict(role="user", content=x)] if isinstance(x, str) else x)]
         # the query last, since it may itself hold the word {constitution}
         return x.join(s.replace("{constitution}", str(c)) for s in template.split("{query}"))
+
+    def check_lengths(self, config, tokenizer, cfg):
+        """Meet a prompt that is too long before weights load: every query, longest principles."""
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+        size, prefix = lambda text: len(tokenizer(text).input_ids), self.response_prefix
+        every = self.principles + self.heldout
+        texts = sorted((max(p["positive"] + p["negative"], key=size) for p in every), key=size)
+        c = Constitution((), (), texts[-self.principles_per_constitution:], self.numbered)
+        for q in self.train + self.test:
+            prompts = self.prompt(q["query"], c), self.sampling_prompt(q["query"], c)
+            longest = max(len(sum(encode(tokenizer, p, prefix), [])) for p in prompts)
+            need(longest + cfg.max_new_tokens <= limit, f"{q['line']}: its prompt of {longest} "
+                 f"tokens and --max_new_tokens={cfg.max_new_tokens} are more than the model's "
+                 f"context of {limit}; shorten the query or the principles")
 
     def answer(self, text):
         """What is behind the reasoning; empty where that came to no answer."""
@@ -594,48 +556,41 @@ class Task:
 
     def drop(self, texts):
         """Why these n responses to one query are not trained on, or None."""
-        if not all(texts):
-            return "empty response"
-        if len(set(texts)) < len(texts):
-            return "identical responses"
-        for s in self.drop_if_contains:
-            if any(s in t for t in texts):
-                return f"contains {s!r}"
-        if not texts[0].endswith(self.first_must_end_with):
-            return f"first response does not end with {self.first_must_end_with!r}"
+        end, bad = self.first_must_end_with, self.drop_if_contains
+        reasons = [("empty response", not all(texts)),
+                   ("identical responses", len(set(texts)) < len(texts)),
+                   *((f"contains {s!r}", any(s in t for t in texts)) for s in bad),
+                   (f"first response does not end with {end!r}", not texts[0].endswith(end))]
+        return next((why for why, holds in reasons if holds), None)
 
 
-def load_task(folder):
-    """Folder, or a task's .json file -> Task; raises BadInput with file, line and fix."""
-    return Task(folder)
+load_task = Task
 
 
 def render(tokenizer, messages):
     """Messages -> text by the model's chat template, up to where its answer begins. Where it has no
     system role, that text opens the user's first message. Raises BadInput where it cannot."""
-    model = f"--model={tokenizer.name_or_path}"
-    need(tokenizer.chat_template, f"{model} has no chat template; choose a model that was tuned on "
-         "chats, or leave out \"chat\"")
-    first, *rest = messages
-    joined = [dict(m, content=f"{first['content']}\n\n{m['content']}") for m in rest[:1]] + rest[1:]
-    for turns in (messages, joined or messages):
-        with contextlib.suppress(jinja2.TemplateError):
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            if first["content"].strip() in text:  # some leave out a system message without a word
+    system, *turns = messages
+    joined = [dict(m, content=f"{system['content']}\n\n{m['content']}") for m in turns[:1]]
+    for said in (messages, joined + turns[1:]):
+        with contextlib.suppress(jinja2.TemplateError, ValueError):
+            text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+            if system["content"].strip() in text:  # some leave it out without a word
                 return text
-    raise BadInput(f"{model}: its chat template cannot take these messages; choose another")
+    raise BadInput(f"--model={tokenizer.name_or_path} has no chat template that takes these "
+                   "messages; choose a model that was tuned on chats, or leave out \"chat\"")
 
 
-def encode(tokenizer, prompt, prefix=""):
+def encode(tokenizer, prompt, response=""):
     """Prompt, a text or messages -> its ids, with the model's start token and no end token; and
-    those of `prefix`, the opening of a response. Raises BadInput like render.
+    those of a response, or of its opening, behind it. Raises BadInput like render.
 
     Control tokens come from the chat template alone: one spelled in a text is read as letters."""
     def ids_of(text, letters=True, **how):
         return tokenizer(text, split_special_tokens=letters, **how).input_ids
 
     if isinstance(prompt, str):
-        ids, both = (ids_of(text) for text in (prompt, prompt + prefix))
+        ids, both = ids_of(prompt), ids_of(prompt + response)
         if ids[-1:] == [tokenizer.eos_token_id] != [tokenizer.bos_token_id]:
             ids, both = ids[:-1], both[:-1]
     else:
@@ -646,26 +601,10 @@ def encode(tokenizer, prompt, prefix=""):
         # every other part between the marks is a text's own
         ids, both = ([i for k, part in enumerate((text + mark(end)).split("\0"))
                       for i in ids_of(part, letters=k % 2 == 1, add_special_tokens=False)]
-                     for end in ("", prefix))
-    # the prefix is tokenised behind the prompt where that leaves the prompt's own ids as they are:
-    # sentencepiece treats the first space of a text apart
+                     for end in ("", response))
+    # behind the prompt where that leaves its ids as they are: some treat a text's first space apart
     same = both[:len(ids)] == ids
-    return ids, both[len(ids):] if same else ids_of(prefix, add_special_tokens=False)
-
-
-def check_lengths(task, config, tokenizer, cfg):
-    """Meet a prompt that is too long before any weights load: every query, longest constitution."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
-    size = lambda text: len(tokenizer(text).input_ids)
-    texts = [max(p["positive"] + p["negative"], key=size) for p in task.principles + task.heldout]
-    texts = sorted(texts, key=size)[-task.principles_per_constitution:]
-    c = Constitution((), (), texts, task.numbered)
-    for q in task.train + task.test:
-        longest = max(len(sum(encode(tokenizer, fill(q["query"], c), task.response_prefix), []))
-                      for fill in (task.prompt, task.sampling_prompt))
-        need(longest + cfg.max_new_tokens <= limit, f"{q['line']}: its prompt has up to {longest} "
-             f"tokens, which with --max_new_tokens={cfg.max_new_tokens} is more than the model's "
-             f"context of {limit}; shorten the query or the principles")
+    return ids, both[len(ids):] if same else ids_of(response, add_special_tokens=False)
 
 
 # ------------------------------------------------------------------------------ model and processes
@@ -674,11 +613,6 @@ def check_lengths(task, config, tokenizer, cfg):
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(k, default)) for k, default in
                            dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items())
 NODE = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))  # processes on this node
-
-
-def say(*text):
-    if RANK == 0:
-        print(*text, flush=True)
 
 
 def sum_processes(numbers):
@@ -699,12 +633,11 @@ def gather(mine):
 
 def pick_device(cfg):
     """Where to run; several processes meet there."""
-    found = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    name = next(d for d in found if found[d]) if cfg.device == "auto" else cfg.device
-    need(found[name], f"--device={name}: torch sees none on this machine; use --device=cpu")
-    need(WORLD == 1 or name == ("cuda" if found["cuda"] else "cpu"),
-         f"--device={name}: several processes need GPUs, or a machine without; start one")
-    device = torch.device(name, LOCAL_RANK) if name == "cuda" else torch.device(name)
+    mps = torch.backends.mps.is_available() and WORLD == 1
+    there = dict(cuda=torch.cuda.is_available(), mps=mps, cpu=True)
+    name = next(d for d in there if there[d]) if cfg.device == "auto" else cfg.device
+    need(there[name], f"--device={name}: there is none for this run; use --device=cpu")
+    device = torch.device(name, LOCAL_RANK if name == "cuda" else 0)
     if name == "cuda":
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
@@ -713,7 +646,6 @@ def pick_device(cfg):
 
 
 def in_half(cfg, device):
-    """Does it compute in bfloat16?"""
     return cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
 
 
@@ -722,27 +654,18 @@ def compute(model, cfg):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=in_half(cfg, model.device))
 
 
-def from_hub(kind, path, **how):
-    """A class of transformers, and a folder or hub name -> what is there. No code of it is run."""
-    try:
-        return kind.from_pretrained(path, trust_remote_code=False, **how)
-    except Exception as e:  # of many kinds
-        raise BadInput(f"--model={path} cannot be loaded: {' '.join(str(e).split())[:300]}")
-
-
 def load_tokenizer(path):
     """Model folder or hub name -> (config, tokenizer): small files, to meet bad input early."""
-    from transformers import AutoConfig, AutoTokenizer, logging  # slow; wrong flags need not wait
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    need(not Path(path).exists() or (Path(path) / "config.json").is_file(),
-         f"--model={path} has no config.json; name a model folder or a hub name")
-    return from_hub(AutoConfig, path), from_hub(AutoTokenizer, path)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with telling(f"--model={path} cannot be loaded; name a model folder or a hub name"):
+        assert not Path(path).exists() or (Path(path) / "config.json").is_file(), "no config.json"
+        return [kind.from_pretrained(path, trust_remote_code=False)
+                for kind in (AutoConfig, AutoTokenizer)]
 
 
 def distribution(config, device, cfg):
     """How transformers lays the model out over processes: copies, or parts of it in each."""
-    from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
     with torch.device("meta"):  # shapes and names alone
         skeleton = AutoModelForCausalLM.from_config(config)
@@ -754,44 +677,41 @@ def distribution(config, device, cfg):
     fits = 18 * sum(p.numel() for p in skeleton.parameters()) < 0.7 * room
     way = cfg.parallel if cfg.parallel != "auto" else "ddp" if fits else "fsdp"
     parts = dict(ddp=1, fsdp=WORLD, hybrid=NODE)[way]
-    # transformers can only read experts (E, ., .) where each process gets one: else fewer parts
-    experts = min((len(p) for p in skeleton.parameters() if p.dim() == 3), default=WORLD)
-    parts = next(k for k in range(parts, 0, -1)
-                 if WORLD % k == 0 and math.ceil(experts / k) * (k - 1) < experts)
     return DistributedConfig(
         fsdp_size=parts, dp_replicate_size=WORLD // parts,
         fsdp_mixed_precision=in_half(cfg, device),
         fsdp_plan=dict.fromkeys(layers, "free_full_weight"))
 
 
+def weights_norm(model):
+    """Of all weights, over all processes: not finite where one of them is not."""
+    norm = torch.nn.utils.get_total_norm(list(model.parameters()), foreach=False)
+    return float(norm.full_tensor() if WORLD > 1 else norm)
+
+
 def load_model(path, device, cfg):
     """Model folder or hub name -> causal LM with fp32 weights. Of several processes each reads only
     what it will hold. Raises BadInput."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    gc.collect()  # a sharded model that nobody needs any more refers to itself
-    config = from_hub(AutoConfig, path)
-    for part in (config, config.get_text_config()):  # dropout would put noise into the contrast
-        dropouts = [k for k, v in vars(part).items() if "drop" in k and type(v) is float]
-        vars(part).update(dict.fromkeys(dropouts, 0.0))
-    # scoring brings its own mask, which the fused kernels cannot combine with soft-capped scores
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    how = dict(distributed_config=distribution(config, device, cfg)) if WORLD > 1 else {}
-    model, info = from_hub(
-        AutoModelForCausalLM, path, config=config, dtype=torch.float32, output_loading_info=True,
-        attn_implementation="eager" if capped else None, use_safetensors=True, **how)
-    lost = sorted(info["missing_keys"])
-    need(not lost, f"--model={path} lacks {len(lost)} weights ({', '.join(lost[:2])}), which would "
-         "be random; fetch the whole model")
-    bad = [name for name, p in model.named_parameters()  # of a sharded one the part that is here
-           if not getattr(p, "_local_tensor", p).isfinite().all()]
-    if bad:
-        raise RunFailed(f"--model={path}: {bad[0]} holds nan or infinity; fetch the model again")
-    if WORLD == 1:
-        return model.to(device).eval()
-    model.shared_logps = types.MethodType(shared_logps, model)
-    register_fsdp_forward_method(model, "shared_logps")  # brings weights together, as forward does
-    model.set_reshard_after_forward(True)
-    return model.eval()
+    gc.collect()  # a model that nobody needs any more refers to itself
+    with telling(f"--model={path} cannot be loaded; fetch the whole model"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        for part in (config, config.get_text_config()):  # dropout would put noise into the contrast
+            dropouts = [k for k, v in vars(part).items() if "drop" in k and type(v) is float]
+            vars(part).update(dict.fromkeys(dropouts, 0.0))
+        # the mask of scoring cannot be combined with soft-capped scores in the fused kernels
+        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=torch.float32, trust_remote_code=False, use_safetensors=True,
+            output_loading_info=True, attn_implementation="eager" if capped else None,
+            distributed_config=distribution(config, device, cfg) if WORLD > 1 else None)
+        lost = sorted(info["missing_keys"])  # which would be random
+        assert not lost, f"{len(lost)} weights are not there, such as {lost[:1]}"
+        model = model.eval() if WORLD > 1 else model.eval().to(device)
+    need(math.isfinite(weights_norm(model)), f"--model={path} has weights that are nan or infinite;"
+         " fetch the model again", RunFailed)
+    if WORLD > 1:
+        model.set_reshard_after_forward(True)
+    return model
 
 
 def end_ids(model, tokenizer):
@@ -826,14 +746,11 @@ def save_model(model, tokenizer, folder):
             weights.pop(name, None)
         model.config.distributed_config = None  # else they are collected once more
     if RANK == 0:
-        try:
+        with telling(f"{folder} cannot be saved: make room, then go on with --resume", RunFailed):
             shutil.rmtree(tmp, ignore_errors=True)
             model.save_pretrained(tmp, state_dict=weights)
             tokenizer.save_pretrained(tmp)
             tmp.replace(folder)
-        except Exception as e:  # safetensors has kinds of its own
-            raise RunFailed(f"{folder} cannot be saved: {' '.join(str(e).split())[:300]}; make "
-                            "room, then go on with --resume")
 
 
 # ------------------------------------------------------------------------------------ one iteration
@@ -856,11 +773,10 @@ class Example:
 
 
 def respond(model, tokenizer, task, pairs, cfg, keys, temperature, label):
-    """Sample a response to each (query, constitution) -> (prompt's ids, its ids, its text, did it
-    end by itself?) for each. keys: as the seed of sample()."""
-    ends, stop = end_ids(model, tokenizer), None
-    if task.stop:
-        stop = lambda ids: any(s in task.answer(tokenizer.decode(ids)) for s in task.stop)
+    """Sample a response to each (query, constitution) -> for each its prompt's ids, its ids, its
+    text, and did it end by itself? keys: as the seed of sample()."""
+    ends = end_ids(model, tokenizer)
+    stop = lambda ids: any(s in task.answer(tokenizer.decode(ids)) for s in task.stop)
     encoded = [encode(tokenizer, task.sampling_prompt(x, c), task.response_prefix)
                for x, c in pairs]
     bar = tqdm(total=len(pairs), desc=label, unit="response", leave=False, disable=RANK > 0 or None)
@@ -883,19 +799,16 @@ def respond(model, tokenizer, task, pairs, cfg, keys, temperature, label):
 
 
 def sample_examples(model, tokenizer, task, queries, cfg, iteration, temperature, label):
-    """Draw n constitutions for each (number, query) and sample a response under each -> Examples.
-
-    Draws and noise are functions of (cfg.seed, iteration, number). Each process samples its share,
-    and all get all."""
-    queries, n, examples = queries[RANK::WORLD], cfg.n, []
-    drawn = [task.draw(rng_for(cfg.seed, iteration, i, DRAW), n, q.get("focus"))
-             for i, q in queries]
-    keys = [(cfg.seed, iteration, i, NOISE, j) for i, _ in queries for j in range(n)]
-    pairs = [(q["query"], c) for (_, q), cs in zip(queries, drawn) for c in cs]
-    found = iter(respond(model, tokenizer, task, pairs, cfg, keys, temperature, label))
-    for (i, q), cs in zip(queries, drawn):
-        _, ids, texts, _ = map(list, zip(*itertools.islice(found, n)))
-        orders = rng_for(cfg.seed, iteration, i, ORDER)  # drawn anew for scoring, as in the paper
+    """Draw n constitutions for each (number, query), sample a response under each -> Examples.
+    Draws and noise are functions of (cfg.seed, iteration, number); processes share the work."""
+    mine, n, rng = queries[RANK::WORLD], cfg.n, np.random.default_rng
+    drawn = [task.draw(rng((cfg.seed, iteration, i, DRAW)), n, q.get("focus")) for i, q in mine]
+    keys = [(cfg.seed, iteration, i, NOISE, j) for i, _ in mine for j in range(n)]
+    pairs = [(q["query"], c) for (_, q), cs in zip(mine, drawn) for c in cs]
+    found, examples = respond(model, tokenizer, task, pairs, cfg, keys, temperature, label), []
+    for k, ((i, q), cs) in enumerate(zip(mine, drawn)):
+        _, ids, texts, _ = map(list, zip(*found[k * n:(k + 1) * n]))
+        orders = rng((cfg.seed, iteration, i, ORDER))  # drawn anew for scoring, as in the paper
         prompts = [encode(tokenizer, task.prompt(q["query"], c.shuffled(orders)))[0] for c in cs]
         sides = [dict(zip(c.names, c.sides)) for c in cs]
         examples.append(Example(i, q["query"], [str(c) for c in cs], texts, sides, ids, prompts,
@@ -911,47 +824,41 @@ def read_examples(path, tokenizer, task, cfg):
     if RANK == 0 and whole != data:
         os.truncate(path, len(whole))
     for i, line in enumerate(whole.split(b"\n")[:-1], 1):
-        try:
+        with telling(f"{path} line {i} does not hold number, query, {cfg.n} constitutions and as "
+                     "many responses; mend it, or start again without --resume"):
             e = Example(**json.loads(line))
             assert len(e.constitutions) == len(e.responses) == cfg.n
             prompts = [task.prompt(e.query, c) for c in e.constitutions]
+            e.prompts = e.prompts or [encode(tokenizer, p)[0] for p in prompts]
             if e.ids is None:
                 e.ids = [encode(tokenizer, p, y)[1] for p, y in zip(prompts, e.responses)]
                 e.dropped = task.drop([y.strip() for y in e.responses])
-            e.prompts = e.prompts or [encode(tokenizer, p)[0] for p in prompts]
-        except (ValueError, TypeError, AttributeError, AssertionError):
-            raise BadInput(f"{path} line {i} does not hold number, query, {cfg.n} constitutions "
-                           "and as many responses; mend it, or start again without --resume")
         examples.append(e)
     return examples
 
 
 def collect(model, tokenizer, task, cfg, iteration, wanted):
-    """Sample this iteration's half of the training queries, in whole batches, until `wanted`
+    """Sample this iteration's half of the training queries, a batch at a time, until `wanted`
     Examples pass the filters. What the samples file holds is not sampled again."""
-    path = Path(cfg.out_dir) / "samples" / f"iteration-{iteration}.jsonl"
-    examples, size = read_examples(path, tokenizer, task, cfg), cfg.batch_size
+    path, size = Path(cfg.out_dir) / "samples" / f"iteration-{iteration}.jsonl", cfg.batch_size
+    examples = read_examples(path, tokenizer, task, cfg)
     half = np.arange((iteration - 1) % 2, len(task.train), 2)  # the last model saw the others
-    order = rng_for(cfg.seed, iteration).permutation(half).tolist()
+    order = np.random.default_rng((cfg.seed, iteration)).permutation(half).tolist()
     while True:
         known, usable = {e.number for e in examples}, [e for e in examples if not e.dropped]
-        todo, missing = [i for i in order if i not in known], wanted - len(usable)
-        # up to a multiple of the batch, so that a run that was stopped ends at the same queries; at
-        # most four batches at a time, which is what a stop may cost
-        goal = math.ceil((len(examples) + max(missing, 0)) / size) * size
-        if not todo or goal == len(examples):
+        todo, rest = [i for i in order if i not in known], -len(examples) % size
+        if not todo or len(usable) >= wanted and not rest:
             break
-        now = [(i, task.train[i]) for i in todo[:min(goal - len(examples), 4 * size)]]
+        now = [(i, task.train[i]) for i in todo[:rest or size]]  # first what a stop cut off
         new = sample_examples(model, tokenizer, task, now, cfg, iteration, cfg.temperature,
                               f"iteration {iteration}: sampling")
         append(path, *({k: v for k, v in vars(e).items() if k != "base"} for e in new))
         examples += new
     why = [e.dropped for e in examples if e.dropped]
-    say(f"iteration {iteration}: {len(examples)} queries sampled, {len(usable)} usable"
-        + "".join(f", {why.count(w)} dropped: {w}" for w in sorted(set(why))))
-    if not usable:
-        raise RunFailed(f"all samples of iteration {iteration} were filtered out, {path} says why; "
-                        f"loosen the filters of {task.path}, or raise --temperature")
+    print(f"iteration {iteration}: {len(examples)} queries sampled, {len(usable)} usable"
+          + "".join(f", {why.count(w)} dropped: {w}" for w in sorted(set(why))), flush=True)
+    need(usable, f"all samples of iteration {iteration} were filtered out, {path} says why; loosen "
+         f"the filters of {task.path}, or raise --temperature", RunFailed)
     return usable[:wanted]
 
 
@@ -1002,11 +909,6 @@ def learning_rate(step, steps, cfg):
     return cfg.lr
 
 
-def check_finite(number, where, cfg):
-    if not math.isfinite(number):
-        raise RunFailed(f"{where} is {number}; lower --lr, now {cfg.lr}; what was saved is kept")
-
-
 def train(model, examples, steps, iteration, cfg):
     """Train `model` in place: `steps` steps, each on the next cfg.batch_size Examples."""
     params, size = [p for p in model.parameters() if p.requires_grad], cfg.batch_size
@@ -1015,6 +917,7 @@ def train(model, examples, steps, iteration, cfg):
         model.train()  # transformers heeds it in this mode only; dropout is 0
     kind = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[cfg.optimizer]
     optimizer = kind(params, foreach=False)  # the default makes temporaries as large as the model
+    fix = f"lower --lr, now {cfg.lr}; what was saved is kept"
     for step in range(steps):
         started, found, tokens = time.time(), {}, 0
         batch = examples[step * size:(step + 1) * size]
@@ -1030,7 +933,8 @@ def train(model, examples, steps, iteration, cfg):
         found = dict(zip(found, values))
         norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf, foreach=False)
         norm = float(norm.full_tensor() if WORLD > 1 else norm)
-        check_finite(found["loss"] + norm, f"step {step + 1}: loss or gradient", cfg)
+        need(math.isfinite(found["loss"] + norm), f"step {step + 1}: the loss is {found['loss']}, "
+             f"its gradient {norm}; {fix}", RunFailed)
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, cfg)
         optimizer.step()
         optimizer.zero_grad()
@@ -1040,10 +944,8 @@ def train(model, examples, steps, iteration, cfg):
         record(cfg, dict(iteration=iteration, step=step + 1, steps=steps, **found, grad_norm=norm,
                          lr=lr, tokens_per_second=tokens / seconds, seconds=seconds))
     model.eval()
-    # no step comes that would see what the last one did
-    norm = torch.nn.utils.get_total_norm(params, foreach=False)
-    norm = float(norm.full_tensor() if WORLD > 1 else norm)
-    check_finite(norm, "after the last step the norm of the weights", cfg)
+    need(math.isfinite(weights_norm(model)), f"the last step made weights too large; {fix}",
+         RunFailed)
 
 
 @torch.no_grad()
@@ -1057,16 +959,15 @@ def add_base_logps(base, examples, cfg):
 
 @torch.no_grad()
 def heldout_information(model, tokenizer, task, cfg):
-    """infonce (summed log-probs of responses sampled at temperature 1) and accuracies on test
-    queries -> means, standard errors under <name>_se, infonce_cap = log n; and a list of (Example,
-    logp (n, n), measures). Draws and noise are the same in every iteration."""
+    """What test queries tell -> means: infonce (summed log-probs of responses sampled at
+    temperature 1), accuracies, standard errors under <name>_se, infonce_cap = log n; and a list of
+    (Example, logp (n, n), measures). Draws and noise are the same in every iteration."""
     cfg, mine = dataclasses.replace(cfg, top_p=1.0), []
     queries = list(enumerate(task.test[:cfg.eval_queries]))
     found = sample_examples(model, tokenizer, task, queries, cfg, 0, 1.0, "held-out queries")
     found = [e for e in found if all(e.ids)]
-    if not found:
-        raise RunFailed(f"every held-out response is empty: does --model={cfg.model} end its text "
-                        f"behind the prompts of {task.path}, or has no room in --max_new_tokens?")
+    need(found, f"every held-out response is empty: does --model={cfg.model} end its text behind "
+         f"the prompts of {task.path}, or has no room in --max_new_tokens?", RunFailed)
     for group, weight in deal(found, cfg):
         for e, cells in list(zip(group, score_examples(model, group, cfg)))[:len(group) * weight]:
             logp = as_matrix(cells, cfg.reduce)
@@ -1086,17 +987,14 @@ def heldout_information(model, tokenizer, task, cfg):
 
 def append(path, *rows):
     if RANK == 0:
-        try:
+        with telling(f"{path} cannot be written: make room, then go on with --resume", RunFailed):
             with open(path, "a", encoding="utf-8") as f:
                 f.writelines(json.dumps(row) + "\n" for row in rows)
-        except OSError as e:
-            raise RunFailed(f"{path} cannot be written: {e}; make room, then go on with --resume")
 
 
 def record(cfg, row):
     append(Path(cfg.out_dir) / "log.jsonl", row)
-    if RANK == 0:
-        log(row)
+    log(row)
 
 
 def log(row):
@@ -1107,19 +1005,13 @@ def log(row):
     if "step" in row:
         eta = row["seconds"] * (row["steps"] - row["step"])
         numbers = f"step {row['step']:2}/{row['steps']} | {numbers} | eta {eta:.0f} s"
-    print(f"iteration {row['iteration']}{' ' if 'step' in row else ' | '}{numbers}", flush=True)
+    print(f"iteration {row['iteration']} {'' if 'step' in row else '| '}{numbers}", flush=True)
 
 
 def measure(model, tokenizer, task, iteration, cfg):
-    """Log what held-out queries tell of this iteration's model, and show one of them."""
-    if not cfg.eval_queries:
-        return
-    means, [(e, logp, _), *_] = heldout_information(model, tokenizer, task, cfg)
-    record(cfg, dict(iteration=iteration, **means))
-    say(f"  logp of y_1 ... y_{cfg.n} to: {' '.join(flat(e.query).split())[:70]}")
-    for i, (c, y, row) in enumerate(zip(e.constitutions, e.responses, logp.tolist()), 1):
-        values = "".join(f"{value:8.3f}" for value in row)
-        say(f"  c_{i}{values}  {' '.join(c.split())[:60]}\n      y_{i}: {' '.join(y.split())[:90]}")
+    if cfg.eval_queries:
+        means, _ = heldout_information(model, tokenizer, task, cfg)
+        record(cfg, dict(iteration=iteration, **means))
 
 
 LAYOUT = "resume out_dir parallel checkpointing device sample_batch tokens_per_pass".split()
@@ -1129,50 +1021,45 @@ def open_out_dir(cfg, task):
     """Make cfg.out_dir this run's own -> its first iteration that is not there yet, and a lock that
     lasts while it is kept. Raises BadInput."""
     out_dir, about_path = Path(cfg.out_dir), Path(cfg.out_dir) / "sami.json"
-    used = out_dir.is_file() or out_dir.is_dir() and any(out_dir.iterdir())
-    need(not used or about_path.exists() or cfg.resume and (out_dir / "samples").is_dir(),
-         f"--out_dir={out_dir} holds other things than a run; name another folder")
+    there = [p for p in out_dir.iterdir() if p.name != "lock"] if out_dir.is_dir() else []
+    mine = about_path.exists() or cfg.resume and (out_dir / "samples").is_dir()
+    need(mine or not there and not out_dir.is_file(), f"--out_dir={out_dir} holds other things than"
+         " a run; name another folder")
     need(out_dir.resolve() not in Path(cfg.model).resolve().parents,
          f"--model={cfg.model} lies in --out_dir, where this run goes; name another --out_dir")
     commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, text=True,
                             capture_output=True).stdout.strip()
-    packages = ("torch", "transformers", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    sha256 = hashlib.sha256(json.dumps(vars(task), default=str).encode()).hexdigest()
-    about = dict(config=vars(cfg), task_sha256=sha256, world_size=WORLD, versions=versions,
-                 git_commit=commit)
-    done, path, logged = 0, out_dir / "log.jsonl", []
+    content = hashlib.sha256(json.dumps(vars(task), default=str).encode()).hexdigest()
+    about = dict(config=vars(cfg), task_sha256=content, world_size=WORLD, git_commit=commit,
+                 versions={m.__name__: m.__version__ for m in (torch, transformers, np)})
+    done, log_path = 0, out_dir / "log.jsonl"
     if cfg.resume and about_path.exists():
-        before = read_json(about_path, dict)
-        need(before["task_sha256"] == sha256, f"{cfg.task} has changed since the run in {out_dir} "
-             "began: put it back, or start a new run without --resume")
-        for name, value in vars(cfg).items():
-            was = before["config"].get(name)
-            need(name in LAYOUT or was == value, f"the run in {out_dir} has --{name}={was}, not "
-                 f"{value}: resume it with its own flags, or start a new one without --resume")
+        before = json.loads(about_path.read_text("utf-8"))
+        was, now = (dict(a["config"], task_sha256=a["task_sha256"]) for a in (before, about))
+        other = [f"{k}={was[k]}" for k in was if k not in LAYOUT and was[k] != now.get(k)]
+        need(not other, f"the run in {out_dir} was begun with other flags or another task: "
+             f"{', '.join(other)}; resume it with these, or start a new run without --resume")
         done = sum((out_dir / f"iteration-{k}").is_dir() for k in range(1, cfg.iterations + 1))
-        for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
-            with contextlib.suppress(ValueError):  # half a line
-                logged += [json.loads(line)]
     sum_processes([0])  # all have looked
     if RANK > 0:
         return done + 1, None
+    out_dir.mkdir(parents=True, exist_ok=True)
     try:
         lock = filelock.FileLock(out_dir / "lock")
-        if used:
-            lock.acquire(blocking=False)
-        if used and not cfg.resume:
-            others = (Path(f"{out_dir}.{k}") for k in itertools.count(1))
-            aside = next(p for p in others if not p.exists())
-            out_dir.rename(aside)
-            say(f"the earlier run in {out_dir} is now in {aside}")
-            lock.release()
-        (out_dir / "samples").mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except filelock.Timeout:
         raise BadInput(f"another run is at work in {out_dir}; name another --out_dir, or wait")
-    kept = [json.dumps(row) + "\n" for row in logged if 0 < done >= row["iteration"]]
-    for path, text in ((path, "".join(kept)), (about_path, json.dumps(about, indent=1))):
+    if there and not cfg.resume:
+        others = (Path(f"{out_dir}.{k}") for k in itertools.count(1))
+        aside = next(p for p in others if not p.exists())
+        aside.mkdir()
+        for p in there:
+            p.rename(aside / p.name)
+        print(f"the earlier run in {out_dir} is now in {aside}")
+    (out_dir / "samples").mkdir(exist_ok=True)
+    rows = log_path.read_text("utf-8").splitlines(keepends=True) if log_path.exists() else []
+    kept = [r for r in rows if r[-1] == "\n" and 0 < done >= json.loads(r)["iteration"]]
+    for path, text in ((log_path, "".join(kept)), (about_path, json.dumps(about, indent=1))):
         Path(f"{path}.tmp").write_text(text, encoding="utf-8")
         Path(f"{path}.tmp").replace(path)
     return done + 1, lock
@@ -1189,20 +1076,20 @@ def main(argv):
     need(len(task.train) > 1, f"{cfg.task}: iterations take turns on two halves of the training "
          "queries; give at least two")
     for q in task.train + task.test:
-        task.draw(rng_for(cfg.seed), cfg.n, q.get("focus"))  # are there n constitutions?
+        task.draw(np.random.default_rng(0), cfg.n, q.get("focus"))  # are there n constitutions?
     device = pick_device(cfg)
     config, tokenizer = load_tokenizer(cfg.model)
-    check_lengths(task, config, tokenizer, cfg)
+    task.check_lengths(config, tokenizer, cfg)
     first, lock = open_out_dir(cfg, task)
 
     out_dir, started = Path(cfg.out_dir), time.time()
     last = out_dir / f"iteration-{first - 1}" if first > 1 else cfg.model
     model = load_model(str(last), device, cfg)
     weights = sum(p.numel() for p in model.parameters()) / 1e6
-    say(f"{cfg.model}: {weights:.2f}M weights on {WORLD} x {device.type} | {cfg.task}: "
-        f"{len(task.train)} train and {len(task.test)} test queries, {len(task.principles)} "
-        f"principles, {len(task.heldout)} held out | chance: loss {math.log(cfg.n):.3f}, accuracy "
-        f"{1 / cfg.n:.2f}")
+    print(f"{cfg.model}: {weights:.2f}M weights on {WORLD} x {device.type} | {cfg.task}: "
+          f"{len(task.train)} train and {len(task.test)} test queries, {len(task.principles)} "
+          f"principles, {len(task.heldout)} held out | chance: loss {math.log(cfg.n):.3f}, accuracy "
+          f"{1 / cfg.n:.2f}")
     if first == 1:
         measure(model, tokenizer, task, 0, cfg)
     for iteration in range(first, cfg.iterations + 1):
@@ -1223,8 +1110,8 @@ def main(argv):
         measure(model, tokenizer, task, iteration, cfg)
         save_model(model, tokenizer, out_dir / f"iteration-{iteration}")
         sum_processes([0])
-    say(f"done in {time.time() - started:.0f} s, everything is in {out_dir}; next: "
-        f"python evaluate.py --out_dir={out_dir}")
+    print(f"done in {time.time() - started:.0f} s, everything is in {out_dir}; next: "
+          f"python evaluate.py --out_dir={out_dir}")
     if WORLD > 1:  # one that just ends while the others talk may abort
         dist.barrier()
         dist.destroy_process_group()

@@ -159,7 +159,7 @@ def main(argv):
     task, gpus, room = sami.load_task(cfg.task), cfg.gpus or sami.WORLD, 0.95e9 * cfg.gpu_memory
     config, count = read_config(cfg)
     model, dtype = empty_model(config), getattr(torch, cfg.dtype.replace("auto", "bfloat16"))
-    c, queries = task.draw(sami.rng_for(cfg.seed), 1)[0], task.train[:100]
+    c, queries = task.draw(np.random.default_rng(cfg.seed), 1)[0], task.train[:100]
     sampled, scored = (float(np.mean([count(fill(q["query"], c)) for q in queries]))
                        for fill in (task.sampling_prompt, task.prompt))
     way = plan_training(cfg, model, dtype, gpus, room)

@@ -12,7 +12,7 @@ LLAMA = dict(SMALL, intermediate_size=48, num_key_value_heads=2)
 MOE = dict(LLAMA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
            norm_topk_prob=True)
 HEAD = dict(LLAMA, head_dim=8)
-NEAR = dict(sliding_window=6)  # shorter than the texts below
+NEAR = dict(sliding_window=40)  # as long as the texts below
 MIXED = dict(NEAR, num_hidden_layers=3,
              layer_types=["sliding_attention", "full_attention", "sliding_attention"])
 EAGER = dict(attn_implementation="eager")
@@ -39,13 +39,15 @@ EXACT = {  # model type, and what is special about it
     "exaone4 mixed": dict(LLAMA, **MIXED),
     "gpt_oss mixed": dict(HEAD, num_local_experts=4, num_experts_per_tok=2, **MIXED, **EAGER),
     "smollm3": dict(LLAMA, no_rope_layers=[1, 0]),
+    "gpt_neo": dict(SMALL, attention_types=[[["global", "local"], 1]], num_layers=2,
+                    window_size=40),
 }
-APART = {  # attention by distance in the row, windows of a layer's own, convolution, recurrence
+WINDOWS = {name: kind for name, keys in EXACT.items() for kind in keys
+           if kind in ("sliding_window", "window_size") and keys[kind]}
+APART = {  # attention by distance in the row, convolution, recurrence, a model without a body
     "bloom": SMALL,
     "mpt": dict(vocab_size=V, d_model=32, n_heads=4, n_layers=2),
-    "gpt_neo": dict(SMALL, attention_types=[[["global", "local"], 1]], num_layers=2, window_size=6),
-    "llama4_text": dict(HEAD, attention_chunk_size=6, num_local_experts=2,
-                        intermediate_size_mlp=48),
+    "llama4_text": dict(HEAD, num_local_experts=2, intermediate_size_mlp=48),
     "qwen3_next": dict(MOE, head_dim=8, shared_expert_intermediate_size=24,
                        linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
                        linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"]),
@@ -104,17 +106,29 @@ def test_where_a_layer_does_not_heed_the_mask_pairs_are_scored_apart(name, capsy
     assert torch.allclose(got, want, rtol=1e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", WINDOWS)
+def test_a_text_longer_than_a_window_is_scored_apart(name, monkeypatch):
+    """Its row, that is: there a layer does not see all, and the mask knows nothing of it."""
+    keys = dict(EXACT[name], **{WINDOWS[name]: 16})
+    monkeypatch.setitem(EXACT, name, keys)
+    model, fast = build(name), []
+    real = sami.shared_logps
+    monkeypatch.setattr(sami, "shared_logps", lambda *args: fast.append(1) or real(*args))
+    with torch.no_grad():
+        for prompts, responses, shared in ((PROMPTS, RESPONSES, False),
+                                           ([p[:9] for p in PROMPTS], [[5, 6], [7]], True)):
+            got, want = (f(model, prompts, responses) for f in (sami.logp_matrix, by_cells))
+            assert torch.allclose(got, want, rtol=1e-6, atol=2e-6)
+            assert model.shares_prompts and len(fast) == 1 + shared, "the first time is the check"
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_a_wrong_mask_is_noticed(name, monkeypatch, capsys):
     model, right = build(name), sami.sibling_mask
     places = lambda position: torch.arange(position.shape[1]).expand_as(position)
     # siblings see each other
-    wrong = [lambda config, segment, position: right(config, segment.clamp(max=0), position)]
-    if getattr(model.config, "sliding_window", None):  # a window over places in the row
-        wrong += [lambda config, segment, position: right(config, segment, places(position))]
-    for mask in wrong:
-        monkeypatch.setattr(sami, "sibling_mask", mask)
-        assert not sami.can_share(model, PROMPTS, SIBLINGS)
+    monkeypatch.setattr(sami, "sibling_mask", lambda segment: right(segment.clamp(max=0)))
+    assert not sami.can_share(model, PROMPTS, SIBLINGS)
     # and with the right one, positions that do not restart
     monkeypatch.setattr(sami, "sibling_mask", right)
     row_places = lambda kw: {k: places(v) if k == "position_ids" and v is not None else v
@@ -122,7 +136,7 @@ def test_a_wrong_mask_is_noticed(name, monkeypatch, capsys):
     model.base_model.register_forward_pre_hook(
         lambda module, args, kw: (args, row_places(kw)), with_kwargs=True)
     assert not sami.can_share(model, PROMPTS, SIBLINGS)
-    assert capsys.readouterr().out.count("log-probs differ") == len(wrong) + 1
+    assert capsys.readouterr().out.count("log-probs differ") == 2
 
 
 CHECKPOINTED = ["llama", "mixtral", "qwen2 mixed", "gemma2 mixed", "gpt_oss mixed"]
@@ -153,8 +167,8 @@ def head(rows, vocabulary, size, dtype=torch.float32):
 
 def test_the_size_of_a_chunk_of_logits_changes_nothing():
     (h, w, b), target, weight = head(40, 2**19, 3)  # 8 rows at a time
-    whole = sami.HeadLogps.apply(h, w, b, target, 0.5, 3.0)
-    parts = torch.cat([sami.HeadLogps.apply(h[s:s + 5], w, b, target[s:s + 5], 0.5, 3.0)
+    whole = sami.head_logps(h, w, b, target, 0.5, 3.0)
+    parts = torch.cat([sami.head_logps(h[s:s + 5], w, b, target[s:s + 5], 0.5, 3.0)
                        for s in range(0, 40, 5)])
     assert torch.allclose(whole, parts, rtol=1e-6, atol=1e-6)
     slopes = (torch.autograd.grad((weight * logp).sum(), (h, w, b)) for logp in (whole, parts))
@@ -170,7 +184,7 @@ def test_a_bfloat16_head_errs_by_the_rounding_of_its_logits_only(scale, cap):
     z = scale * (logits + exact[2])
     slow = (z if cap is None else cap * torch.tanh(z / cap)).log_softmax(-1)
     slow = slow.gather(1, target[:, None])[:, 0]
-    fast = sami.HeadLogps.apply(*inputs, target, scale, cap)
+    fast = sami.head_logps(*inputs, target, scale, cap)
     assert fast.dtype == torch.float32
     # 8 bits: a logit is off by up to 2**-9 of itself, a log-prob by that of the token and the norm
     assert (fast - slow).abs().max() <= 2**-8 * scale * logits.abs().max()

@@ -74,7 +74,7 @@ def space(good, tmp_path):
     ("--tokens_per_pass=0", ["--tokens_per_pass=0", "between 1"]),
     ("--eval_queries=-1", ["--eval_queries=-1", "between 0"]),
     ("--grad_clip=-1", ["--grad_clip=-1", "between 0"]),
-    ("--preset=nope", ["nope", "missing", "file"]),
+    ("--preset=nope", ["nope", "No such file"]),
     ("--optimizer=sgd", ["--optimizer", "sgd", "rmsprop"]),
     ("--contrast=none", ["--contrast", "none", "two-sided"]),
     ("--reduce=max", ["--reduce", "max", "mean"]),
@@ -112,7 +112,7 @@ def test_a_preset_gives_values_and_flags_override_them():
 
 
 @pytest.mark.parametrize("text, words", [
-    ("{", ["my.json", "valid JSON"]), ("[1]", ["my.json", "object"]),
+    ("{", ["my.json", "JSON object", "line 1"]), ("[1]", ["my.json", "object"]),
     ('{"learning_rate": 1}', ["--learning_rate=1", "--help"]), ('{"lr": -1}', ["--lr=-1"]),
     ('{"restart": "maybe"}', ["--restart", "maybe"]), ('{"lr": null}', ["--lr", "None"])])
 def test_a_preset_is_checked_as_flags_are(space, text, words):

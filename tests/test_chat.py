@@ -210,7 +210,7 @@ def test_a_dialogue_in_train_and_test(make):
      ["scoring_prompt", "system message", "remove {query}"]),
     (dict(CHAT, sampling_prompt="Be kind."), ["sampling_prompt", "{constitution}"]),
     (dict(CHAT, chat="yes"), ["chat", "bool"]),
-    (dict(turns=["\nQ: ", "\nA: "]), ["unknown key 'turns'"])])
+    (dict(turns=["\nQ: ", "\nA: "]), ["no key 'turns'"])])
 def test_a_key_of_a_chat_task(make, keys, words):
     path, flags = make(**keys)
     code, _, err = tiny.command(*flags)
@@ -218,8 +218,8 @@ def test_a_key_of_a_chat_task(make, keys, words):
 
 
 @pytest.mark.parametrize("template, word", [
-    (None, "has no chat template"), ("{{ raise_exception('no') }}", "cannot take these messages"),
-    ("no messages at all", "cannot take these messages")])
+    (None, "has no chat template"), ("{{ raise_exception('no') }}", "that takes these messages"),
+    ("no messages at all", "that takes these messages")])
 def test_a_model_without_a_template_that_fits(make, monkeypatch, template, word):
     path, flags = make(template, **CHAT)
     for file in (path / "base").glob("*.jinja") if template is None else ():

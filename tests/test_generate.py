@@ -2,6 +2,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import generate, sami, tiny
@@ -80,7 +81,7 @@ def test_prompts_draws_and_filters_are_shown(show, tmp_path):
                    stop=["\n", "Q:"], drop_if_contains=["sorry"], first_must_end_with=".",
                    answer_after="Hence")
     task = sami.load_task(tmp_path / "task")
-    cs = task.draw(sami.rng_for(1, 1, 0, sami.DRAW), 3)  # seed 1, iteration 1, query 0
+    cs = task.draw(np.random.default_rng((1, 1, 0, sami.DRAW)), 3)  # seed 1, iteration 1, query 0
     sampling, scoring, draws, rules = printed.split("--- ")[1:5]
     assert sampling.startswith("a sampling prompt")
     assert f"tokens)\n{cs[0]}\nQ: train a\nA: So\n" in sampling

@@ -40,7 +40,7 @@ def saved(config, dtype, autocast, prompt):
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
     with hooks, torch.autocast("cpu", HALF, enabled=autocast):
-        model.shares_prompts = True
+        model.shares_prompts = sami.can_share(model, [[1, 2]], [[[3, 4], [5]]])
         logps = sami.score(model, prompts, siblings)
     return sum(size for _, size in kept.values()), 2 * (prompt + 32), logps
 

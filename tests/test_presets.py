@@ -145,7 +145,7 @@ def test_with_reasoning_only_the_answer_is_scored():
     said = " it should be short. \n\nSummary: A man waits.\n\nHuman: Thanks"
     assert task.clean(said) == "A man waits."
     assert task.clean(" it should be short, and so on") == "", "an answer that never came"
-    x, [c] = task.test[0]["query"], task.draw(sami.rng_for(1), 1)
+    x, [c] = task.test[0]["query"], task.draw(np.random.default_rng(1), 1)
     assert "Reasoning:" in task.sampling_prompt(x, c) and "Reasoning:" not in task.prompt(x, c)
     assert task.prompt(x, c).endswith("\n\nSummary:")
 
