@@ -304,7 +304,7 @@ def ask_models(paths, task, cfg, settings):
     for name in reversed(small):  # the baseline last: it stays and scores what all of them said
         model, tokenizer, started = None, small[name][1], time.time()  # None: one model in memory at a time
         model = load_model(paths[name], device, settings)
-        found = sami.respond(model, tokenizer, task, list(asked.values()), settings, 0, 0, name)
+        found = sami.respond(model, tokenizer, task, list(asked.values()), settings, 0, 0)
         try:
             infos[name] = information(model, tokenizer, task, settings)
         except RunFailed as e:  # a model that has collapsed is a result too

@@ -179,8 +179,7 @@ def main(argv):
         drawn = [task.draw(np.random.default_rng((cfg.seed, i)), 1, heldout=cfg.heldout)[0] for i, _ in chunk]
         pairs = [(q["query"], cfg.constitution or c) for (_, q), c in zip(chunk, drawn)]
         keys = [(cfg.seed, i, 0) for i, _ in chunk]
-        found = sami.respond(model, tokenizer, task, pairs, cfg, keys, cfg.temperature,
-                             f"{len(todo)} responses")
+        found = sami.respond(model, tokenizer, task, pairs, cfg, keys, cfg.temperature)
         with open(out, "a", encoding="utf-8") as f:
             for (x, c), drawn_c, (_, ids, text, _) in zip(pairs, drawn, found):
                 sides = {} if cfg.constitution else dict(zip(drawn_c.names, drawn_c.sides))

@@ -13,20 +13,19 @@ preference labels, no demonstrations, no reward model. With x a query, c_1 ... c
         minimise (row + col) / 2 + beta * KL to the base        chance is log n nats
 
 What is known about this objective (tests/test_information.py shows it by enumeration):
- 1. With *summed* log-probs of samples at temperature 1, log n - col is exactly I(Y; C | x) for a
-    uniform choice among the constitutions. `row` is no bound in general, nor is either with means.
- 2. In that case the expected gradient of col is zero: the samples already carry the posterior that
-    the model assigns. The signal comes from sampling colder than the model, from averaging over
-    tokens, from another prompt for sampling, from filtering. That is why temperature matters.
+ 1. With *summed* log-probs of samples at temperature 1, log n - E[col] is I(Y; C | x), C uniform
+    among the n constitutions. `row` is no bound; with means over tokens, neither is.
+ 2. In that case E[gradient of col] is zero: the samples already carry the model's own posterior.
+    The signal comes from sampling colder than the model, means, filters, another sampling prompt.
  3. Only differences of log-probs count. Pushed far, a model falls into gibberish while its loss
     still falls; few steps, a small learning rate, a restart from the base or beta > 0 prevent it.
 
 Departures from the paper (P) and from the authors' code (A):
- 1. any n >= 2 (A: two), with different sides of the same principles
- 2. prompt and response are tokenised apart, the sampled ids themselves are scored (A: joined text)
- 3. a step is the mean over all its queries (A, as run: the last 8 of 128, and the first at lr 0)
- 4. fp32 weights, whatever computes (A: bf16, in which most of a step of 5e-7 rounds to nothing)
- 5. on held-out queries InfoNCE is reported, at most log n (P: a mean of logs, which is no bound)
+ 1. any n >= 2 (A: two)
+ 2. the sampled ids are scored, behind those of the prompt (A: the joined text, tokenised anew)
+ 3. a step is the mean over all its queries (A, as run: the last 8 of 128; the first step at lr 0)
+ 4. fp32 weights (A: bf16, in which most of a step of 5e-7 rounds to nothing)
+ 5. held-out queries report InfoNCE, at most log n (P: a mean of logs, which is no bound)
  6. beta weighs a KL on response tokens, 0 in the paper's presets (A: prompt and padding counted)
  7. data order, draws and noise are functions of (seed, iteration, query)
 """
@@ -35,7 +34,7 @@ import subprocess, sys, time, types
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave the CPU to others
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads: idle threads free the CPU
 
 import filelock, jinja2, torch, transformers
 import numpy as np
@@ -69,7 +68,7 @@ class Config:
     optimizer: str = flag("adamw", "rmsprop takes half the memory", "adamw", "rmsprop")
     grad_clip: float = flag(1.0, "largest gradient norm; 0 = no clipping", low=0)
     beta: float = flag(0.1, "weight of the KL to the base; 0 = none, as in the paper", low=0)
-    contrast: str = flag("two-sided", "or one term", "two-sided", "constitutions", "responses")
+    contrast: str = flag("two-sided", "terms", "two-sided", "constitutions", "responses")
     reduce: str = flag("mean", "a response's log-prob, over its tokens", "mean", "sum")
     temperature: float = flag(0.8, "of sampling for training; 0 = greedy", low=0)
     top_p: float = flag(1.0, "sample from the fewest tokens with this share", low=1e-6, high=1)
@@ -88,11 +87,11 @@ class Config:
 
 
 class BadInput(Exception):
-    """Wrong flags, files or data. One sentence with the fix; exit code 2."""
+    """Wrong flags, files or data: exit code 2."""
 
 
 class RunFailed(Exception):
-    """What went wrong while running. One sentence with the fix; exit code 1."""
+    """What went wrong while running: exit code 1."""
 
 
 def need(ok, sentence, error=BadInput):
@@ -102,14 +101,13 @@ def need(ok, sentence, error=BadInput):
 
 @contextlib.contextmanager
 def telling(what, error=BadInput):
-    """Whatever goes wrong inside is told in one sentence: what, and the reason."""
+    """Tells whatever goes wrong inside in one sentence: what, and the reason."""
     try:
         yield
     except (BadInput, RunFailed):
         raise
     except Exception as e:
-        reason = " ".join(str(e).split())[:300]
-        raise error(f"{what}: {reason if len(reason) > 20 else repr(e)}")
+        raise error(f"{what}: {' '.join(str(e).split())[:300] or repr(e)}")
 
 
 def parse(Config, argv):
@@ -168,8 +166,8 @@ def as_matrix(cells, reduce):
 
 
 # ------------------------------------------------------------------------------------------ scoring
-# `siblings` are the responses that stand behind each prompt, all of it lists of token ids. The two
-# ways to score return the log-prob of every response token in that order: (K,) nats.
+# siblings[b]: the responses behind prompts[b], all of them lists of token ids. Both ways to score
+# return the log-probs of all K response tokens, in that order: (K,) nats.
 
 
 def plain_logps(model, prompts, siblings):
@@ -186,9 +184,10 @@ def head_logps(h, w, b, target, scale=1, cap=None):
     """log softmax(cap * tanh(scale * (h W' + b) / cap)) at given tokens, without (K, V) logits.
 
     h (K, D), w (V, D), b (V,) or None, target (K,) -> (K,) fp32, nats. Logits exist for a few rows
-    at a time and again in backward: what a token weighs in the loss is known once the matrix is."""
+    at a time; backward computes them again, since a token's weight in the loss is not known before
+    the whole matrix is."""
     def part_logps(h, target):
-        z = (h @ w.to(h.dtype).T).float()  # (k, V)
+        z = (h @ w.T).float()  # (rows, V)
         z = (z if b is None else z + b) * scale
         z = cap * torch.tanh(z / cap) if cap else z
         return -F.cross_entropy(z, target, reduction="none")
@@ -210,8 +209,8 @@ def sibling_mask(segment):
 def shared_logps(model, prompts, siblings):
     """The fast way: a prompt runs once, its responses side by side behind it, blind to each other.
 
-    Prompt "p q" with responses "a b c" and "d e" is one row. The last token of a response predicts
-    nothing and is left out; the last of the prompt predicts the first of every response:
+    Prompt "p q" with responses "a b c" and "d e" is one row. A response's last token predicts
+    nothing and is left out; the prompt's last predicts the first of every response:
 
         ids        p  q    a  b  d
         segment    0  0    1  1  2
@@ -220,7 +219,8 @@ def shared_logps(model, prompts, siblings):
     """
     width = max(len(p) + sum(len(y) - 1 for y in ys) for p, ys in zip(prompts, siblings))
     several = max(map(len, siblings)) > 1
-    width += -width % 8 if several else 0  # attention with a mask likes multiples of 8
+    if several:
+        width += -width % 8  # attention with a mask likes multiples of 8
     ids, segment, position, source, target = [], [], [], [], []
     for b, (p, ys) in enumerate(zip(prompts, siblings)):
         row, seg, pos = list(p), [0] * len(p), list(range(len(p)))
@@ -237,12 +237,10 @@ def shared_logps(model, prompts, siblings):
         position.append(pos + [0] * pad)
     ids, segment, position, source, target = (
         torch.tensor(x, device=model.device) for x in (ids, segment, position, source, target))
-    layout, kind = {}, model.device.type
+    layout = {}
     if several:  # with one response a row, causal attention and padding on the right need no mask
         layout = dict(attention_mask=sibling_mask(segment), position_ids=position)
     hidden = model.base_model(ids, use_cache=False, **layout).last_hidden_state  # (B, S, D)
-    if torch.is_autocast_enabled(kind):  # backward runs outside of autocast, on the same logits
-        hidden = hidden.to(torch.get_autocast_dtype(kind))
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     if type(head).forward is not torch.nn.Linear.forward:  # an adapter's share would be lost
         raise NotImplementedError("its output head is no plain linear layer")
@@ -255,8 +253,8 @@ def shared_logps(model, prompts, siblings):
 
 
 def can_share(model, prompts, siblings):
-    """Does the fast way give what the obvious one gives? Not where a layer does not heed the mask
-    (ALiBi, convolution, linear attention), nor with an adapter on the output head."""
+    """Installs model.shared_logps. Does it give what the obvious way gives? Not where a layer does
+    not heed the mask (ALiBi, convolution, linear attention) or the output head has an adapter."""
     model.shared_logps = types.MethodType(shared_logps, model)
     register_fsdp_forward_method(model, "shared_logps")  # brings weights together, as forward does
     kind = model.device.type
@@ -280,7 +278,7 @@ def score(model, prompts, siblings):
     """log pi of every response token: prompts[b] with each of siblings[b] -> [b][j] (len(y),) nats.
 
     All are lists of token ids, none empty (ValueError). The first call on a model compares the fast
-    way with the obvious one, on the halves of a text, so that it holds for whatever comes later."""
+    way with the obvious one."""
     if not (all(prompts) and all(y for ys in siblings for y in ys)):
         raise ValueError("cannot score an empty prompt or an empty response")
     row = max(len(p) + sum(map(len, ys)) for p, ys in zip(prompts, siblings))
@@ -288,9 +286,10 @@ def score(model, prompts, siblings):
     window = min([v for k, v in vars(model.config.get_text_config()).items() if type(v) is int
                   and v > 0 and re.search("(window|chunk)(_size)?$", k)], default=2 * row)
     if not hasattr(model, "shares_prompts"):
+        # two halves of a text stand for a prompt and a response: all of that fits the window
         text = max((p + y for p, ys in zip(prompts, siblings) for y in ys), key=len)[:window // 2]
-        head, tail = text[:len(text) // 2], text[len(text) // 2:]
-        probe = [head, head[:1]], [[tail, tail[::-1]], [tail, head]]
+        first, second = text[:len(text) // 2], text[len(text) // 2:]
+        probe = [first, first[:1]], [[second, second[::-1]], [second, first]]
         model.shares_prompts = can_share(model, *probe)
     fast = model.shares_prompts and row <= window
     logps = model.shared_logps(prompts, siblings) if fast else plain_logps(model, prompts, siblings)
@@ -312,7 +311,7 @@ def logp_matrix(model, prompts, responses, reduce="mean"):
 
 
 def pick(logits, temperature, top_p, u):
-    """A token a row by inverse CDF: logits (B, V), u (B,) in (0, 1] -> (B,). 0 = argmax."""
+    """A token a row by inverse CDF: logits (B, V), u (B,) in (0, 1] -> (B,). Argmax at 0."""
     if temperature == 0:
         return logits.argmax(-1)
     p, order = (logits.float() / temperature).softmax(-1), None  # (B, V)
@@ -329,32 +328,33 @@ def prefill(model, prompts):
     distinct = sorted(set(map(tuple, prompts)))  # equal prompts run once
     index = torch.tensor([distinct.index(tuple(p)) for p in prompts], device=model.device)  # (B,)
     width, mask, layout = max(map(len, distinct)), None, {}
-    if min(map(len, distinct)) < width:  # without padding there is no mask, and attention is faster
+    if min(map(len, distinct)) < width:  # else no padding, on the left, and no mask: faster
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in distinct],
                             device=model.device)
         layout = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
         mask = mask[index]
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in distinct], device=model.device)
     out = model(ids, use_cache=True, logits_to_keep=1, **layout)
-    out.past_key_values.batch_select_indices(index)  # from a row a prompt to a row a response
+    out.past_key_values.batch_select_indices(index)  # rows: from distinct prompts to responses
     return out.past_key_values, out.logits[index, -1], mask
 
 
 @torch.no_grad()
 def sample(model, prompts, *, max_new_tokens, temperature, top_p=1.0, eos_ids, seed, batch=64,
-           stop=None, finished=None):
+           stop=None):
     """One response for each prompt: lists of ids of any lengths -> lists of <= max_new_tokens ids.
 
     A response that ended by itself keeps its end id. seed: an int, or a tuple of ints for each
     prompt; the noise of a response is a function of that key, not of the batch it is in. batch:
-    rows side by side. stop(ids so far): asked every 8 tokens. finished(1): called for each."""
+    rows side by side. stop(ids so far): asked every 8 tokens."""
     if not all(prompts):
         raise ValueError("cannot continue an empty prompt")
     responses = [[] for _ in prompts]
     keys = [(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else seed
     # 1. similar lengths side by side; the longest first, so that memory runs out at once or never
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
-    for rows in (order[k:k + batch] for k in range(0, len(order), batch)):
+    batches = [order[k:k + batch] for k in range(0, len(order), batch)]
+    for rows in tqdm(batches, desc="sampling", leave=False, disable=RANK > 0 or None):
         # 2. prefill, and all the noise of this batch: (B, max_new_tokens) in (0, 1]
         cache, logits, mask = prefill(model, [prompts[i] for i in rows])
         u = [np.random.default_rng(keys[i]).random(max_new_tokens, np.float32) for i in rows]
@@ -363,14 +363,12 @@ def sample(model, prompts, *, max_new_tokens, temperature, top_p=1.0, eos_ids, s
         running = list(rows)
         for t in range(max_new_tokens):
             token = pick(logits, temperature, top_p, u[:, t])  # (B,)
-            for b, (i, k) in enumerate(zip(running, token.tolist())):
-                if i is None:
-                    continue
-                responses[i].append(k)
-                ended = k in eos_ids or t + 1 == max_new_tokens
-                if ended or stop and t % 8 == 7 and stop(responses[i]):
-                    running[b] = None
-                    finished and finished(1)
+            for b, (i, new) in enumerate(zip(running, token.tolist())):
+                if i is not None:
+                    responses[i].append(new)
+                    ended = new in eos_ids or t + 1 == max_new_tokens
+                    if ended or stop and t % 8 == 7 and stop(responses[i]):
+                        running[b] = None
             left = [b for b, i in enumerate(running) if i is not None]
             if not left:
                 break
@@ -416,8 +414,10 @@ def flat(x):
 
 TASK_KEYS = dict(  # what task.json may hold, and what counts where it holds nothing
     about="", sampling_prompt="", scoring_prompt="", chat=False, response_prefix="",
-    answer_after="", stop=[], drop_if_contains=[], first_must_end_with="",
-    principles_per_constitution=2, numbered=True, first_always_positive=True, others="independent",
+    answer_after="",  # a chain of thought comes before it
+    stop=[], drop_if_contains=[], first_must_end_with="",  # see clean() and drop()
+    principles_per_constitution=2, numbered=True,
+    first_always_positive=True, others="independent",  # or "complement", see draw()
     principles="principles.json", train="train.jsonl", test="test.jsonl")
 
 
@@ -432,21 +432,22 @@ class Task:
             spec = {**TASK_KEYS, "scoring_prompt": spec.get("sampling_prompt", ""), **spec}
             for key, value in spec.items():
                 assert key in TASK_KEYS, f"there is no key {key!r}, but {', '.join(TASK_KEYS)}"
-                kind, texts = type(TASK_KEYS[key]), value if isinstance(value, list) else []
+                kind = type(TASK_KEYS[key])
+                texts = value if isinstance(value, list) else []
                 assert type(value) is kind and all(t and isinstance(t, str) for t in texts), (
                     f"{key!r} must be a {kind.__name__}, any list one of texts, not {value!r}")
-                assert not key.endswith("_prompt") or (
-                    "{constitution}" in value and ("{query}" in value) != spec["chat"]), (
-                    f"{key!r} must have {{constitution}} and {{query}}; with 'chat' it is the "
-                    "system message, and the query is the user's: remove {query}")
+            for key in ("sampling_prompt", "scoring_prompt"):
+                asked = "{query}" in spec[key]  # with "chat" the query is a message of its own
+                assert "{constitution}" in spec[key] and asked is not spec["chat"], (
+                    f"{key!r} needs {{constitution}}, and {{query}} unless 'chat' is true")
             assert spec["others"] in ("independent", "complement"), (
                 "'others' must be independent or complement")
         self.templates = spec.pop("sampling_prompt"), spec.pop("scoring_prompt")
         self.__dict__.update(spec, path=path, folder=path.parent)
-        self.principles, self.heldout = self.read_principles(self.folder / self.principles)
+        self.principles, self.heldout = self.read_principles(self.folder / spec["principles"])
         need(0 < self.principles_per_constitution <= len(self.principles), f"{path}: principles_per"
              f"_constitution must lie between 1 and the {len(self.principles)} to train on")
-        self.train, self.test = self.read_queries(self.train), self.read_queries(self.test)
+        self.train, self.test = (self.read_queries(spec[key]) for key in ("train", "test"))
         seen = {flat(q["query"]) for q in self.train}
         for q in self.test:
             need(flat(q["query"]) not in seen, f"{q['line']}: {flat(q['query'])[:60]!r} is in "
@@ -458,10 +459,10 @@ class Task:
         with telling(path):
             rows, found = list(json.loads(path.read_text("utf-8"))), {}
         for i, p in enumerate(rows, 1):
-            with telling(f"{path}: principle {i} must have a 'name' of its own, a 'positive' text "
-                         "(or a list of wordings), as the 'negative' its antithesis, may say if it "
-                         f"is 'heldout' (true or false), and has nothing else: {p}"):
-                p = dict(dict(heldout=False), **p)
+            with telling(f"{path}: principle {i} needs a 'name' of its own, a 'positive' text (or "
+                         "list of texts), as the 'negative' its antithesis, maybe 'heldout' (true "
+                         f"or false), and nothing else: {p}"):
+                p = {"heldout": False, **p}
                 for side in ("positive", "negative"):
                     p[side] = [p[side]] if isinstance(p[side], str) else p[side]
                 assert all(t.strip() for t in [p["name"], *p["positive"], *p["negative"]])
@@ -473,8 +474,9 @@ class Task:
     def is_query(self, x):
         """A text; for a chat model also the messages of a dialogue, the user's first and last."""
         turns = x if self.chat and isinstance(x, list) else [dict(role="user", content=x)]
-        return len(turns) % 2 and all(m["content"].strip() and m["role"] == "user assistant".split()
-                                      [i % 2] for i, m in enumerate(turns))
+        roles = ["user", "assistant"] * len(turns)
+        return len(turns) % 2 == 1 and all(m["role"] == role and m["content"].strip()
+                                           for m, role in zip(turns, roles))
 
     def read_queries(self, name):
         """-> dicts: query, line (where it stands), and what else its line holds."""
@@ -493,23 +495,25 @@ class Task:
     def draw(self, rng, n, focus=None, heldout=False):
         """n constitutions on the same k random principles, distinct in the sides they take.
 
-        The first takes positive sides, or random ones; the others random ones ("independent"), or
-        they come in pairs of opposites ("complement"). `focus` names a principle of which all but
-        the first take the other side. Raises BadInput when there are fewer than n."""
+        Sides are random, or every second constitution is the opposite of the one before it
+        ("complement"). Of the principle `focus` all but the first take the other side. Raises
+        BadInput when there are fewer than n."""
         pool, k = self.heldout if heldout else self.principles, self.principles_per_constitution
-        most = 0 if k > len(pool) else 2 ** (k - 1) + 1 if focus else 2**k
+        most = 2 ** (k - 1) + 1 if focus else 2**k  # with a focus, k - 1 are free in the others
+        most = most if k <= len(pool) else 0
         need(n <= most, f"{self.path}: {k} of {len(pool)} principles make at most {most} different "
-             f"constitutions, not {n}; lower --n or change principles_per_constitution")
-        chosen = sorted(rng.permutation(len(pool)), key=lambda i: pool[i]["name"] != focus)[:k]
-        sides = []  # n tuples of k bools, that of the focus first
+             f"constitutions; lower --n, now {n}, or change principles_per_constitution")
+        order = rng.permutation(len(pool))
+        chosen = sorted(order, key=lambda i: pool[i]["name"] != focus)[:k]  # the focus first
+        sides = []  # n tuples of k bools
         while len(sides) < n:
             new = tuple(bool(b) for b in rng.integers(0, 2, k))
             if not sides and self.first_always_positive:
                 new = (True,) * k
-            elif self.others == "complement" and len(sides) % 2:
-                new = tuple(not s for s in sides[-1])
             elif sides and focus:
                 new = (not sides[0][0], *new[1:])
+            elif self.others == "complement" and len(sides) % 2:
+                new = tuple(not s for s in sides[-1])
             sides += [new] if new not in sides else []
         wording = lambda i, side: str(rng.choice(pool[i]["positive" if side else "negative"]))
         names = tuple(pool[i]["name"] for i in chosen)
@@ -541,9 +545,9 @@ class Task:
         for q in self.train + self.test:
             prompts = self.prompt(q["query"], c), self.sampling_prompt(q["query"], c)
             longest = max(len(sum(encode(tokenizer, p, prefix), [])) for p in prompts)
-            need(longest + cfg.max_new_tokens <= limit, f"{q['line']}: its prompt of {longest} "
-                 f"tokens and --max_new_tokens={cfg.max_new_tokens} are more than the model's "
-                 f"context of {limit}; shorten the query or the principles")
+            need(longest + cfg.max_new_tokens <= limit, f"{q['line']}: {longest} tokens of prompt "
+                 f"and --max_new_tokens={cfg.max_new_tokens} are more than the context of {limit}; "
+                 "shorten the query or the principles")
 
     def answer(self, text):
         """What is behind the reasoning; empty where that came to no answer."""
@@ -568,8 +572,8 @@ load_task = Task
 
 
 def render(tokenizer, messages):
-    """Messages -> text by the model's chat template, up to where its answer begins. Where it has no
-    system role, that text opens the user's first message. Raises BadInput where it cannot."""
+    """Messages -> text by the model's chat template, up to where its answer begins. A template
+    without a system role has that text at the start of the first message. Raises BadInput."""
     system, *turns = messages
     joined = [dict(m, content=f"{system['content']}\n\n{m['content']}") for m in turns[:1]]
     for said in (messages, joined + turns[1:]):
@@ -578,7 +582,7 @@ def render(tokenizer, messages):
             if system["content"].strip() in text:  # some leave it out without a word
                 return text
     raise BadInput(f"--model={tokenizer.name_or_path} has no chat template that takes these "
-                   "messages; choose a model that was tuned on chats, or leave out \"chat\"")
+                   "messages; choose a chat model, or leave out \"chat\"")
 
 
 def encode(tokenizer, prompt, response=""):
@@ -586,21 +590,21 @@ def encode(tokenizer, prompt, response=""):
     those of a response, or of its opening, behind it. Raises BadInput like render.
 
     Control tokens come from the chat template alone: one spelled in a text is read as letters."""
-    def ids_of(text, letters=True, **how):
-        return tokenizer(text, split_special_tokens=letters, **how).input_ids
+    def ids_of(text, literal=True, **how):
+        return tokenizer(text, split_special_tokens=literal, **how).input_ids
 
     if isinstance(prompt, str):
         ids, both = ids_of(prompt), ids_of(prompt + response)
-        if ids[-1:] == [tokenizer.eos_token_id] != [tokenizer.bos_token_id]:
+        if ids[-1:] == [tokenizer.eos_token_id] != [tokenizer.bos_token_id]:  # no end token
             ids, both = ids[:-1], both[:-1]
     else:
         control = {re.escape(str(t)) for t in tokenizer.added_tokens_decoder.values() if t.special}
         control = re.compile("|".join(sorted(control, key=len, reverse=True)) or "(?!)")
-        mark = lambda s: control.sub(r"\0\g<0>\0", s.replace("\0", ""))
-        text = render(tokenizer, [dict(m, content=mark(m["content"])) for m in prompt])
-        # every other part between the marks is a text's own
-        ids, both = ([i for k, part in enumerate((text + mark(end)).split("\0"))
-                      for i in ids_of(part, letters=k % 2 == 1, add_special_tokens=False)]
+        mark = lambda text: control.sub(r"\0\g<0>\0", text.replace("\0", ""))
+        rendered = render(tokenizer, [dict(m, content=mark(m["content"])) for m in prompt])
+        # odd parts are control tokens that a text spells, even ones hold those of the template
+        ids, both = ([i for k, part in enumerate((rendered + mark(end)).split("\0"))
+                      for i in ids_of(part, literal=k % 2 == 1, add_special_tokens=False)]
                      for end in ("", response))
     # behind the prompt where that leaves its ids as they are: some treat a text's first space apart
     same = both[:len(ids)] == ids
@@ -610,8 +614,9 @@ def encode(tokenizer, prompt, response=""):
 # ------------------------------------------------------------------------------ model and processes
 
 # torchrun tells each process its place; without it there is one
-RANK, WORLD, LOCAL_RANK = (int(os.environ.get(k, default)) for k, default in
-                           dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items())
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 NODE = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))  # processes on this node
 
 
@@ -632,7 +637,7 @@ def gather(mine):
 
 
 def pick_device(cfg):
-    """Where to run; several processes meet there."""
+    """Where to run; several processes connect."""
     mps = torch.backends.mps.is_available() and WORLD == 1
     there = dict(cuda=torch.cuda.is_available(), mps=mps, cpu=True)
     name = next(d for d in there if there[d]) if cfg.device == "auto" else cfg.device
@@ -659,7 +664,6 @@ def load_tokenizer(path):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with telling(f"--model={path} cannot be loaded; name a model folder or a hub name"):
-        assert not Path(path).exists() or (Path(path) / "config.json").is_file(), "no config.json"
         return [kind.from_pretrained(path, trust_remote_code=False)
                 for kind in (AutoConfig, AutoTokenizer)]
 
@@ -670,7 +674,7 @@ def distribution(config, device, cfg):
     with torch.device("meta"):  # shapes and names alone
         skeleton = AutoModelForCausalLM.from_config(config)
     layers = {name.rpartition(".")[0] + ".*" for name, m in skeleton.named_modules()
-              if type(m).__name__ in set(skeleton._no_split_modules or [])}
+              if type(m).__name__ in set(skeleton._no_split_modules or [])}  # model.layers.*
     gpu = device.type == "cuda"
     room = torch.cuda.get_device_properties(device).total_memory if gpu else math.inf
     # weights, gradients, AdamW's moments in fp32 and a bfloat16 copy; the rest for activations
@@ -680,11 +684,11 @@ def distribution(config, device, cfg):
     return DistributedConfig(
         fsdp_size=parts, dp_replicate_size=WORLD // parts,
         fsdp_mixed_precision=in_half(cfg, device),
-        fsdp_plan=dict.fromkeys(layers, "free_full_weight"))
+        fsdp_plan=dict.fromkeys(layers, "free_full_weight"))  # whole while it runs, then freed
 
 
 def weights_norm(model):
-    """Of all weights, over all processes: not finite where one of them is not."""
+    """The norm of all weights, over all processes: not finite where one of them is not."""
     norm = torch.nn.utils.get_total_norm(list(model.parameters()), foreach=False)
     return float(norm.full_tensor() if WORLD > 1 else norm)
 
@@ -704,9 +708,9 @@ def load_model(path, device, cfg):
             path, config=config, dtype=torch.float32, trust_remote_code=False, use_safetensors=True,
             output_loading_info=True, attn_implementation="eager" if capped else None,
             distributed_config=distribution(config, device, cfg) if WORLD > 1 else None)
-        lost = sorted(info["missing_keys"])  # which would be random
+        lost = sorted(info["missing_keys"])  # they would be random
         assert not lost, f"{len(lost)} weights are not there, such as {lost[:1]}"
-        model = model.eval() if WORLD > 1 else model.eval().to(device)
+        model = model.eval() if WORLD > 1 else model.eval().to(device)  # a part is there already
     need(math.isfinite(weights_norm(model)), f"--model={path} has weights that are nan or infinite;"
          " fetch the model again", RunFailed)
     if WORLD > 1:
@@ -772,62 +776,65 @@ class Example:
     base: list = None  # n lists of n tensors: token log-probs under the base, where beta > 0
 
 
-def respond(model, tokenizer, task, pairs, cfg, keys, temperature, label):
+def respond(model, tokenizer, task, pairs, cfg, keys, temperature):
     """Sample a response to each (query, constitution) -> for each its prompt's ids, its ids, its
     text, and did it end by itself? keys: as the seed of sample()."""
     ends = end_ids(model, tokenizer)
     stop = lambda ids: any(s in task.answer(tokenizer.decode(ids)) for s in task.stop)
     encoded = [encode(tokenizer, task.sampling_prompt(x, c), task.response_prefix)
                for x, c in pairs]
-    bar = tqdm(total=len(pairs), desc=label, unit="response", leave=False, disable=RANK > 0 or None)
-    with bar, weights_together(model), compute(model, cfg):
+    with weights_together(model), compute(model, cfg):
         sampled = sample(model, [p + prefix for p, prefix in encoded], seed=keys, eos_ids=ends,
                          max_new_tokens=cfg.max_new_tokens, temperature=temperature,
-                         top_p=cfg.top_p, batch=cfg.sample_batch, stop=stop, finished=bar.update)
+                         top_p=cfg.top_p, batch=cfg.sample_batch, stop=stop)
     found = []
     for (prompt, prefix), ids in zip(encoded, sampled):
         ended = ids[-1] in ends
         ids = prefix + (ids[:-1] if ended else ids)
         text = task.clean(tokenizer.decode(ids))
+        # the fewest ids that spell it: from the front goes the reasoning, from the back a stop
+        # string, whose start may share a token with the response's end, and what follows
         while task.answer_after and ids and text in tokenizer.decode(ids[1:]):
-            ids = ids[1:]  # the reasoning is not trained on
-        # the fewest ids that spell it: a token may hold its end and the start of a stop string
-        while ids and tokenizer.decode(ids[:-1]).lstrip().startswith(text):
+            ids = ids[1:]
+        while ids and text in tokenizer.decode(ids[:-1]):
             ids = ids[:-1]
         found.append((prompt, ids, text, ended))
     return found
 
 
-def sample_examples(model, tokenizer, task, queries, cfg, iteration, temperature, label):
+def sample_examples(model, tokenizer, task, queries, cfg, iteration, temperature):
     """Draw n constitutions for each (number, query), sample a response under each -> Examples.
     Draws and noise are functions of (cfg.seed, iteration, number); processes share the work."""
     mine, n, rng = queries[RANK::WORLD], cfg.n, np.random.default_rng
     drawn = [task.draw(rng((cfg.seed, iteration, i, DRAW)), n, q.get("focus")) for i, q in mine]
     keys = [(cfg.seed, iteration, i, NOISE, j) for i, _ in mine for j in range(n)]
     pairs = [(q["query"], c) for (_, q), cs in zip(mine, drawn) for c in cs]
-    found, examples = respond(model, tokenizer, task, pairs, cfg, keys, temperature, label), []
+    found, examples = respond(model, tokenizer, task, pairs, cfg, keys, temperature), []
     for k, ((i, q), cs) in enumerate(zip(mine, drawn)):
         _, ids, texts, _ = map(list, zip(*found[k * n:(k + 1) * n]))
-        orders = rng((cfg.seed, iteration, i, ORDER))  # drawn anew for scoring, as in the paper
-        prompts = [encode(tokenizer, task.prompt(q["query"], c.shuffled(orders)))[0] for c in cs]
-        sides = [dict(zip(c.names, c.sides)) for c in cs]
-        examples.append(Example(i, q["query"], [str(c) for c in cs], texts, sides, ids, prompts,
-                                task.drop(texts)))
+        # scored with the principles in another order, as in the paper
+        again = rng((cfg.seed, iteration, i, ORDER))
+        prompts = [encode(tokenizer, task.prompt(q["query"], c.shuffled(again)))[0] for c in cs]
+        examples.append(Example(
+            i, q["query"], constitutions=[str(c) for c in cs], responses=texts, ids=ids,
+            sides=[dict(zip(c.names, c.sides)) for c in cs], prompts=prompts,
+            dropped=task.drop(texts)))
     return gather(examples)
 
 
 def read_examples(path, tokenizer, task, cfg):
-    """The whole lines of a samples file, by a run that was stopped or by another program: where a
-    line has no ids, its responses are tokenised. Half a last line is cut off."""
+    """The whole lines of a samples file, by a run that was stopped or by another program: where one
+    has no ids, its responses are tokenised. Half a last line is cut off."""
     examples, data = [], path.read_bytes() if path.exists() else b""
     whole = data[:data.rfind(b"\n") + 1]
     if RANK == 0 and whole != data:
         os.truncate(path, len(whole))
     for i, line in enumerate(whole.split(b"\n")[:-1], 1):
-        with telling(f"{path} line {i} does not hold number, query, {cfg.n} constitutions and as "
-                     "many responses; mend it, or start again without --resume"):
+        with telling(f"{path} line {i} must hold number, query, {cfg.n} constitutions and {cfg.n} "
+                     "responses; mend it, or start again without --resume"):
             e = Example(**json.loads(line))
             assert len(e.constitutions) == len(e.responses) == cfg.n
+            assert e.dropped or e.ids is None or all(e.ids)
             prompts = [task.prompt(e.query, c) for c in e.constitutions]
             e.prompts = e.prompts or [encode(tokenizer, p)[0] for p in prompts]
             if e.ids is None:
@@ -842,30 +849,29 @@ def collect(model, tokenizer, task, cfg, iteration, wanted):
     Examples pass the filters. What the samples file holds is not sampled again."""
     path, size = Path(cfg.out_dir) / "samples" / f"iteration-{iteration}.jsonl", cfg.batch_size
     examples = read_examples(path, tokenizer, task, cfg)
-    half = np.arange((iteration - 1) % 2, len(task.train), 2)  # the last model saw the others
+    half = np.arange((iteration - 1) % 2, len(task.train), 2)  # the last iteration had the others
     order = np.random.default_rng((cfg.seed, iteration)).permutation(half).tolist()
     while True:
         known, usable = {e.number for e in examples}, [e for e in examples if not e.dropped]
         todo, rest = [i for i in order if i not in known], -len(examples) % size
         if not todo or len(usable) >= wanted and not rest:
             break
-        now = [(i, task.train[i]) for i in todo[:rest or size]]  # first what a stop cut off
-        new = sample_examples(model, tokenizer, task, now, cfg, iteration, cfg.temperature,
-                              f"iteration {iteration}: sampling")
+        # whole batches, so that a file that was cut off grows to the bytes it would have had
+        now = [(i, task.train[i]) for i in todo[:rest or size]]
+        new = sample_examples(model, tokenizer, task, now, cfg, iteration, cfg.temperature)
         append(path, *({k: v for k, v in vars(e).items() if k != "base"} for e in new))
         examples += new
     why = [e.dropped for e in examples if e.dropped]
     print(f"iteration {iteration}: {len(examples)} queries sampled, {len(usable)} usable"
           + "".join(f", {why.count(w)} dropped: {w}" for w in sorted(set(why))), flush=True)
-    need(usable, f"all samples of iteration {iteration} were filtered out, {path} says why; loosen "
-         f"the filters of {task.path}, or raise --temperature", RunFailed)
+    need(usable, f"iteration {iteration}: all samples were filtered out, see {path}; loosen the "
+         f"filters of {task.path}, or raise --temperature", RunFailed)
     return usable[:wanted]
 
 
 def deal(examples, cfg):
-    """Examples -> this process's scoring passes, each of at most cfg.tokens_per_pass tokens with
-    padding: list of (examples, weight). All processes get equally many, since each takes part in
-    what the others do to the weights: one that runs out repeats an example at weight 0."""
+    """Examples -> this process's scoring passes of at most cfg.tokens_per_pass tokens: list of
+    (examples, weight). Sharded passes are collective: who runs out repeats one at weight 0."""
     width = lambda e: max(map(len, e.prompts)) + sum(map(len, e.ids))
     examples, shares = sorted(examples, key=width), [[] for _ in range(WORLD)]
     for r, share in enumerate(shares):
@@ -886,9 +892,9 @@ def score_examples(model, examples, cfg):
 
 
 def measures(logp):
-    """Of a matrix (n, n): were its diagonal entries the largest of their rows and columns?"""
-    hit = torch.arange(len(logp), device=logp.device)
-    row, col = ((logp.argmax(dim) == hit).float().mean() for dim in (1, 0))
+    """How often is the diagonal entry of (n, n) log-probs the largest of its row, its column?"""
+    target = torch.arange(len(logp), device=logp.device)
+    row, col = ((logp.argmax(dim) == target).float().mean() for dim in (1, 0))
     return dict(row_accuracy=row, col_accuracy=col, diagonal=logp.diag().mean())
 
 
@@ -905,7 +911,7 @@ def objective(example, cells, cfg):
 
 
 def learning_rate(step, steps, cfg):
-    """Of step 0 ... steps - 1 of an iteration."""
+    """The learning rate of step 0 ... steps - 1 of an iteration."""
     return cfg.lr
 
 
@@ -938,7 +944,7 @@ def train(model, examples, steps, iteration, cfg):
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, cfg)
         optimizer.step()
         optimizer.zero_grad()
-        if WORLD > 1:  # FSDP pads parts of uneven size: of tied weights one would read an old copy
+        if WORLD > 1:  # FSDP pads uneven parts, of tied weights twice: loading nothing renews both
             model.load_state_dict({}, strict=False)
         seconds = time.time() - started
         record(cfg, dict(iteration=iteration, step=step + 1, steps=steps, **found, grad_norm=norm,
@@ -964,12 +970,13 @@ def heldout_information(model, tokenizer, task, cfg):
     (Example, logp (n, n), measures). Draws and noise are the same in every iteration."""
     cfg, mine = dataclasses.replace(cfg, top_p=1.0), []
     queries = list(enumerate(task.test[:cfg.eval_queries]))
-    found = sample_examples(model, tokenizer, task, queries, cfg, 0, 1.0, "held-out queries")
+    found = sample_examples(model, tokenizer, task, queries, cfg, iteration=0, temperature=1.0)
     found = [e for e in found if all(e.ids)]
-    need(found, f"every held-out response is empty: does --model={cfg.model} end its text behind "
-         f"the prompts of {task.path}, or has no room in --max_new_tokens?", RunFailed)
+    need(found, f"every held-out response is empty: change the prompts of {task.path}, or raise "
+         "--max_new_tokens", RunFailed)
     for group, weight in deal(found, cfg):
-        for e, cells in list(zip(group, score_examples(model, group, cfg)))[:len(group) * weight]:
+        scores = score_examples(model, group, cfg)
+        for e, cells in zip(group, scores) if weight else ():
             logp = as_matrix(cells, cfg.reduce)
             values = dict(infonce=infonce(as_matrix(cells, "sum")), **measures(logp))
             mine.append((e, logp.cpu(), {k: float(v) for k, v in values.items()}))
@@ -1014,7 +1021,7 @@ def measure(model, tokenizer, task, iteration, cfg):
         record(cfg, dict(iteration=iteration, **means))
 
 
-LAYOUT = "resume out_dir parallel checkpointing device sample_batch tokens_per_pass".split()
+MAY_CHANGE = "resume out_dir parallel checkpointing device sample_batch tokens_per_pass".split()
 
 
 def open_out_dir(cfg, task):
@@ -1036,10 +1043,11 @@ def open_out_dir(cfg, task):
     if cfg.resume and about_path.exists():
         before = json.loads(about_path.read_text("utf-8"))
         was, now = (dict(a["config"], task_sha256=a["task_sha256"]) for a in (before, about))
-        other = [f"{k}={was[k]}" for k in was if k not in LAYOUT and was[k] != now.get(k)]
+        other = [f"{k}={was[k]}" for k in was if k not in MAY_CHANGE and was[k] != now.get(k)]
         need(not other, f"the run in {out_dir} was begun with other flags or another task: "
              f"{', '.join(other)}; resume it with these, or start a new run without --resume")
-        done = sum((out_dir / f"iteration-{k}").is_dir() for k in range(1, cfg.iterations + 1))
+        done = max(k for k in range(cfg.iterations + 1)
+                   if k == 0 or (out_dir / f"iteration-{k}").is_dir())
     sum_processes([0])  # all have looked
     if RANK > 0:
         return done + 1, None
@@ -1058,7 +1066,8 @@ def open_out_dir(cfg, task):
         print(f"the earlier run in {out_dir} is now in {aside}")
     (out_dir / "samples").mkdir(exist_ok=True)
     rows = log_path.read_text("utf-8").splitlines(keepends=True) if log_path.exists() else []
-    kept = [r for r in rows if r[-1] == "\n" and 0 < done >= json.loads(r)["iteration"]]
+    # what is done once more is logged once more, the base too
+    kept = [r for r in rows if done and r[-1] == "\n" and json.loads(r)["iteration"] <= done]
     for path, text in ((log_path, "".join(kept)), (about_path, json.dumps(about, indent=1))):
         Path(f"{path}.tmp").write_text(text, encoding="utf-8")
         Path(f"{path}.tmp").replace(path)
@@ -1068,13 +1077,12 @@ def open_out_dir(cfg, task):
 def main(argv):
     # what can be wrong is met before weights load
     cfg = parse(Config, argv)
-    steps = [int(k) if k.isdigit() else 0 for k in cfg.steps.split(",")]
+    steps = [int(k) if k.isdecimal() else 0 for k in cfg.steps.split(",")]
     steps = steps * cfg.iterations if len(steps) == 1 else steps
-    need(len(steps) == cfg.iterations and min(steps) > 0, f"--steps={cfg.steps} with --iterations="
-         f"{cfg.iterations}: give a whole number above 0, or one for each iteration such as 2,4,6")
+    need(len(steps) == cfg.iterations and min(steps) > 0, f"--steps={cfg.steps}: give a whole "
+         f"number above 0, or one for each of --iterations={cfg.iterations}, such as 2,4,6")
     task = load_task(cfg.task)
-    need(len(task.train) > 1, f"{cfg.task}: iterations take turns on two halves of the training "
-         "queries; give at least two")
+    need(len(task.train) > 1, f"{cfg.task} needs two training queries: iterations alternate halves")
     for q in task.train + task.test:
         task.draw(np.random.default_rng(0), cfg.n, q.get("focus"))  # are there n constitutions?
     device = pick_device(cfg)
@@ -1087,9 +1095,8 @@ def main(argv):
     model = load_model(str(last), device, cfg)
     weights = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{cfg.model}: {weights:.2f}M weights on {WORLD} x {device.type} | {cfg.task}: "
-          f"{len(task.train)} train and {len(task.test)} test queries, {len(task.principles)} "
-          f"principles, {len(task.heldout)} held out | chance: loss {math.log(cfg.n):.3f}, accuracy "
-          f"{1 / cfg.n:.2f}")
+          f"{len(task.train)} queries, {len(task.principles)} principles | chance: loss "
+          f"{math.log(cfg.n):.3f}, accuracy {1 / cfg.n:.2f}")
     if first == 1:
         measure(model, tokenizer, task, 0, cfg)
     for iteration in range(first, cfg.iterations + 1):
@@ -1109,7 +1116,7 @@ def main(argv):
         # --- measure and save: an iteration whose folder is there is finished
         measure(model, tokenizer, task, iteration, cfg)
         save_model(model, tokenizer, out_dir / f"iteration-{iteration}")
-        sum_processes([0])
+        sum_processes([0])  # it is there for all
     print(f"done in {time.time() - started:.0f} s, everything is in {out_dir}; next: "
           f"python evaluate.py --out_dir={out_dir}")
     if WORLD > 1:  # one that just ends while the others talk may abort
@@ -1117,10 +1124,12 @@ def main(argv):
         dist.destroy_process_group()
 
 
-def run(main):
-    """main(command line), with bad input and failures told in one sentence: exit code 2 and 1."""
+def run(program):
+    """program(command line); bad input and failures are one sentence, exit code 2 and 1."""
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
     try:
-        main(sys.argv[1:])
+        program(sys.argv[1:])
     except (BadInput, RunFailed, torch.OutOfMemoryError) as e:  # each process may fail alone
         hint = "; lower --sample_batch (sampling) or --tokens_per_pass (training)"
         hint = hint if isinstance(e, torch.OutOfMemoryError) else ""

@@ -207,7 +207,7 @@ def test_a_dialogue_in_train_and_test(make):
 
 @pytest.mark.parametrize("keys, words", [
     (dict(CHAT, scoring_prompt="{constitution} {query}"),
-     ["scoring_prompt", "system message", "remove {query}"]),
+     ["scoring_prompt", "{query} unless 'chat'"]),
     (dict(CHAT, sampling_prompt="Be kind."), ["sampling_prompt", "{constitution}"]),
     (dict(CHAT, chat="yes"), ["chat", "bool"]),
     (dict(turns=["\nQ: ", "\nA: "]), ["no key 'turns'"])])

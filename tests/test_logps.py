@@ -35,8 +35,6 @@ CANNOT_SHARE = dict(
     # attention by distance in the row, not by position
     bloom=lambda: tr.BloomForCausalLM(
         tr.BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4)),
-    # a sliding window of its own inside the layer
-    gpt_neo=lambda: tr.GPTNeoForCausalLM(tr.GPTNeoConfig(window_size=6, **GPT_NEO)),
 )
 
 
@@ -243,7 +241,7 @@ def test_tokens_never_merge_across_the_end_of_the_prompt(tmp_path, monkeypatch):
     for forced in ([b, 9, 9], [b, b, a]):
         says_so = lambda model, prompts, **_: [list(forced) for _ in prompts]
         monkeypatch.setattr(sami, "sample", says_so)
-        [example] = sami.sample_examples(model, tokenizer, task, queries, cfg, 1, 1.0, "")
+        [example] = sami.sample_examples(model, tokenizer, task, queries, cfg, 1, 1.0)
         assert example.ids == [forced] * 2, "what is scored are the ids that were sampled"
         assert all(p[-1] == a for p in example.prompts)
         with torch.no_grad():

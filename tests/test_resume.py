@@ -48,10 +48,10 @@ def watch(path):
         setattr(sami, name, phase(getattr(sami, name), what))
     real = sami.sample_examples
 
-    def counting(model, tokenizer, task, queries, cfg, iteration, *rest):
+    def counting(model, tokenizer, task, queries, cfg, iteration, temperature):
         if iteration > 0:
             note(path, "sampled", len(queries))
-        return real(model, tokenizer, task, queries, cfg, iteration, *rest)
+        return real(model, tokenizer, task, queries, cfg, iteration, temperature)
 
     sami.sample_examples = counting
 
@@ -219,7 +219,7 @@ def test_a_broken_line_in_the_middle_is_refused(undisturbed, tmp_path):
         samples.write_bytes(b"".join([first, broken, *rest]))
         before = samples.read_bytes()
         assert finish(start([*flags, "--resume"], world)) == [2] * world
-        assert f"{samples} line 2 does not hold" in said(tmp_path)
+        assert f"{samples} line 2 must hold" in said(tmp_path)
         assert "Traceback" not in said(tmp_path) and samples.read_bytes() == before
         (tmp_path / "said").unlink()
 

@@ -69,15 +69,13 @@ def test_equal_prompts_run_once():
 
 def test_at_most_so_many_rows_side_by_side_and_the_longest_first():
     model, prompts = build(MODELS["llama"]), ids(1, 20) + ids(2, 8) + ids(3, 20, 8) + ids(4, 20)
-    rows, done, how = [], [], dict(GREEDY, max_new_tokens=4, eos_ids=[])
+    rows, how = [], dict(GREEDY, max_new_tokens=4, eos_ids=[])
     hook = model.register_forward_pre_hook(lambda module, args: rows.append(tuple(args[0].shape)))
-    together = sami.sample(model, prompts, batch=2, finished=done.append, **how)
+    together = sami.sample(model, prompts, batch=2, **how)
     hook.remove()
     assert [shape for shape in rows if shape[1] > 1] == [(2, 20), (2, 20), (1, 8)]
     assert max(count for count, _ in rows) == 2
-    assert done == [1] * 5, "told of each response"
     assert together == one_by_one(model, prompts, **how)
-
 
 
 def test_every_response_keeps_its_end_token_and_nothing_after_it():
@@ -186,7 +184,7 @@ def test_a_response_is_cut_before_a_stop_string_whatever_the_tokens(monkeypatch)
              (spell(" ", "b", "."), "", [], False)]
     for sampled, text, scored, ended in cases:
         monkeypatch.setattr(sami, "sample", lambda *_, **__: [list(sampled)])
-        [got] = sami.respond(model, tokenizer, task, [("q", "c")], sami.Config(), [(1,)], 1.0, "")
+        [got] = sami.respond(model, tokenizer, task, [("q", "c")], sami.Config(), [(1,)], 1.0)
         assert got == (spell("q"), scored, text, ended)
 
 
@@ -195,7 +193,7 @@ def test_a_forced_opening_is_part_of_the_response(tmp_path):
     task, model, tokenizer = sami.load_task(tmp_path / "task"), tiny.model(), tiny.tokenizer()
     cfg = sami.Config(max_new_tokens=4)
     [(prompt, response, text, ended)] = sami.respond(
-        model, tokenizer, task, [("query", "c")], cfg, [(1,)], 0, "")
+        model, tokenizer, task, [("query", "c")], cfg, [(1,)], 0)
     so = [tiny.LETTERS.index(t) for t in " so"]
     assert prompt == tokenizer(task.sampling_prompt("query", "c")).input_ids
     [sampled] = sami.sample(model, [prompt + so], max_new_tokens=4, temperature=0, eos_ids=[0],
