@@ -20,11 +20,8 @@ MODELS = dict(
                          sliding_window=8, max_window_layers=1),
     gemma2=tr.Gemma2Config(**SMALL, head_dim=8, sliding_window=8),
     gpt2=tr.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **GPT),
-    gpt_neox=tr.GPTNeoXConfig(**{k: v for k, v in SMALL.items() if "key" not in k}),
     gpt_neo=tr.GPTNeoConfig(hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=256,
                             attention_types=[[["global", "local"], 1]], window_size=8, **GPT),
-    opt=tr.OPTConfig(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
-                     max_position_embeddings=256, word_embed_proj_dim=32, pad_token_id=0, **GPT),
     phi=tr.PhiConfig(**SMALL),  # an untied head with a bias, and a last norm of another name
     bloom=tr.BloomConfig(hidden_size=32, n_layer=2, n_head=4, **GPT),
 )
@@ -225,7 +222,7 @@ def test_an_exported_model_scores_the_same_elsewhere(ran, name, processes):
 
 
 @pytest.mark.parametrize("name, processes, least, most", [
-    ("loading fsdp", 2, 0.45, 0.7), ("loading fsdp", 4, 0.22, 0.45), ("loading ddp", 2, 0.95, 3)])
+    ("loading fsdp", 2, 0.45, 0.7), ("loading fsdp", 4, 0.22, 0.45), ("loading ddp", 2, 0.8, 3)])
 def test_with_fsdp_no_process_ever_holds_the_whole_model(ran, name, processes, least, most):
     """Each reads the part that it will hold; with ddp, as a check of the measurement, all."""
     for each in saw(ran, name, processes):
