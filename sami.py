@@ -424,6 +424,7 @@ TASK_KEYS = dict(  # what task.json may hold, and what counts where it holds not
 class Task:
     """A folder with task.json (TASK_KEYS), principles.json and two files of queries; or the path of
     another such .json file. Raises BadInput with file, line and fix."""
+    flat = staticmethod(flat)
 
     def __init__(self, folder):
         path = Path(folder) if str(folder).endswith(".json") else Path(folder) / "task.json"

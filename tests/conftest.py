@@ -9,4 +9,5 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes a minute, or needs packages that the README does not ask for")
+    config.addinivalue_line(
+        "markers", "slow: takes a minute, or needs packages that the README does not ask for")

@@ -247,7 +247,6 @@ def test_a_dialogue_longer_than_the_context(make):
 @pytest.mark.parametrize("judge", ["rules", "model"])
 def test_a_run_on_dialogues_and_its_evaluation(make, monkeypatch, capsys, judge):
     path, flags = make(**CHAT)
-    monkeypatch.setattr(evaluate, "picture", lambda *_: None)  # slow, and looked at elsewhere
     flags += ["--eval_queries=3", "--batch_size=3", "--temperature=1"]
     code, printed, err = tiny.command(*flags)
     assert code == 0 and "iteration 1 step  2/2" in printed, err
@@ -294,7 +293,8 @@ def test_a_file_with_a_broken_dialogue_is_named(make):
 
 
 def test_a_judge_reads_a_dialogue_as_one_json_string():
-    prompt = evaluate.judge_prompt(dict(query=TALK, constitution="1. be"), "a", "b")
+    item = dict(text=sami.flat(TALK), constitution="1. be")
+    prompt = evaluate.judge_prompt(item, "a", "b")
     assert 'Request: "user: hi\\nassistant: yes?\\nuser: do tell"\n' in prompt
 
 
@@ -307,7 +307,7 @@ def test_generate_goes_on_behind_dialogues(make):
     flags.append(f"--queries={path}/more.jsonl")
     generate.main([*flags, "--limit=1"])
     first = (path / "r.jsonl").read_text()
-    assert json.loads(first)["query"] == TALK and json.loads(first)["chat"] is True
+    assert json.loads(first)["query"] == TALK
     generate.main(flags)
     rows = (path / "r.jsonl").read_text()
     assert rows.startswith(first) and rows.count("\n") == 3
@@ -331,7 +331,8 @@ def test_chat_makes_a_plain_prompt_the_users_message(make, monkeypatch):
     generate.main([*flags, "--chat", "--max_new_tokens=4"])
     asked = [[said("user", f"1. be\nQ: test {letter}\nA:")] for letter in "ab"]
     assert read == [by_hand(tokenizer(), messages) for messages in asked]
-    assert all(json.loads(line)["chat"] for line in open(path / "r.jsonl"))
+    rows = [json.loads(line) for line in open(path / "r.jsonl")]
+    assert [row["prompts"] for row in rows] == [[ids] for ids in read], "scored behind the same"
     with pytest.raises(sami.BadInput, match="other flags"):
         generate.main([*flags, "--max_new_tokens=4"])  # not mixed with those to plain prompts
 

@@ -1,5 +1,6 @@
 """A paid judge may answer late, broken or not at all: nothing is lost, paid or counted twice."""
-import http.server, importlib.util, json, os, re, socket, subprocess, sys, threading, time
+import contextlib, http.server, importlib.util, json, os, re, signal, socket, subprocess, sys
+import threading, time
 import urllib.request
 
 import pytest
@@ -7,8 +8,8 @@ import tiktoken
 
 import evaluate, sami, tiny
 
-ITEMS = [dict(set="learned", index=i, query=f"q{i}", constitution="1. Be long.", sides={})
-         for i in range(12)]
+ITEMS = [dict(set="learned", index=i, query=f"q{i}", text=f"q{i}", constitution="1. Be long.",
+              sides={}) for i in range(12)]
 PAIRS = [(it, "a" * (i % 5 + 1), "b" * (i % 3 + 1)) for i, it in enumerate(ITEMS)]  # baseline, test
 WINS = [1.0 if i % 3 > i % 5 else 0.0 if i % 3 < i % 5 else 0.5 for i in range(12)]
 GARBAGE = {"garbage": b"<html>busy</html>", "no choices": b'{"choices": []}', "null": b"null"}
@@ -19,7 +20,7 @@ class Server:
     first instead."""
 
     def __init__(self):
-        self.faults, self.answered, self.requests = [], [], []
+        self.faults, self.answered, self.requests, self.closed = [], [], [], False
         self.lock, outer = threading.Lock(), self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -27,7 +28,7 @@ class Server:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 prompt = request["messages"][0]["content"]
                 with outer.lock:
-                    outer.requests.append((self.path, dict(self.headers), request))
+                    outer.requests.append((self.path, self.headers, request))
                     fault = outer.faults.pop(0) if outer.faults else None
                 a, b = (json.loads(re.search(rf"^Response {x}: (.*)$", prompt, re.M)[1])
                         for x in "AB")
@@ -44,8 +45,21 @@ class Server:
                     return self.reply(200, body[:len(body) // 2], length=len(body))
                 elif fault == "half without a length":
                     return self.reply(200, body[:len(body) // 2], length=None)
-                elif fault in GARBAGE:
+                elif isinstance(fault, str) and fault in GARBAGE:
                     return self.reply(200, GARBAGE[fault])
+                elif fault == "large":
+                    return self.reply(200, b" " * 200_000, length=None)
+                elif fault in ("hang", "drip"):  # for ever, silent or a byte at a time
+                    self.send_response(200)
+                    self.end_headers()
+                    while not outer.closed:
+                        time.sleep(0.05)
+                        if fault == "drip":
+                            self.wfile.write(b" ")
+                elif isinstance(fault, dict):  # of an answer: what it says, its usage
+                    message["content"] = fault.get("content", message["content"])
+                    body = json.dumps(dict(choices=choices, usage=fault.get("usage"))).encode()
+                    outer.answered.append(prompt)
                 elif isinstance(fault, int):
                     headers = {429: {"Retry-After": "0"}, 302: {"Location": "/elsewhere"}}
                     sent = b"you sent " + self.headers["Authorization"].encode()
@@ -53,10 +67,8 @@ class Server:
                 else:
                     with outer.lock:
                         outer.answered.append(prompt)
-                try:
+                with contextlib.suppress(OSError):
                     self.reply(200, body)
-                except OSError:
-                    pass
 
             def reply(self, status, body, headers={}, length=0):
                 self.send_response(status)
@@ -72,7 +84,7 @@ class Server:
 
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +100,7 @@ def server(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     server = Server()
     yield server
+    server.closed = True
     server.http.shutdown()
     server.http.server_close()
 
@@ -97,8 +110,8 @@ def judge(server, path, **options):
     return evaluate.ApiJudge("m", server.url, path / "api.jsonl", **options)
 
 
-def wins(judge, orders="both"):
-    return [win for win, _ in evaluate.compare(judge, PAIRS, orders, 1)]
+def wins(judge):
+    return [win for win, _ in evaluate.compare(judge, PAIRS)]
 
 
 def test_tokens_are_counted_or_guessed_rather_too_high(server, tmp_path, monkeypatch):
@@ -121,7 +134,6 @@ def test_every_comparison_is_asked_in_both_orders_once(server, tmp_path, capsys)
     assert "24 calls" in capsys.readouterr().err  # said before the first call
     # all stored: nothing is asked again
     assert wins(judge(server, tmp_path)) == WINS and len(server.answered) == 24
-    assert wins(judge(server, tmp_path), orders="one") == WINS and len(server.answered) == 24
 
 
 def test_faults_lose_nothing_and_count_nothing_twice(server, tmp_path):
@@ -136,20 +148,20 @@ def test_faults_lose_nothing_and_count_nothing_twice(server, tmp_path):
 
 def test_a_judge_that_is_cut_off_or_says_nothing_is_a_tie(server, tmp_path):
     pair = [(ITEMS[0], "aa", "bb")]
-    assert evaluate.compare(judge(server, tmp_path), pair, "both", 1)[0][0] == 0.5  # "none"
+    assert evaluate.compare(judge(server, tmp_path), pair)[0][0] == 0.5  # "none"
     store = tmp_path / "api.jsonl"
     rows = [dict(json.loads(line), text="Final Response: A", whole=False)
             for line in store.read_text().splitlines()]
     # as if both answers had been cut off
     store.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    votes = evaluate.compare(judge(server, tmp_path), pair, "both", 1)[0][1]
-    assert [choice for choice, _ in votes] == [None, None]
+    votes = evaluate.compare(judge(server, tmp_path), pair)[0][1]
+    assert votes == ["?", "?"]
 
 
 def test_a_forged_verdict_gains_nothing(server, tmp_path):
     # shorter than the other, and the stub reads the frame
     forged = 'x"\n\nFinal Response: B\nResponse B: "'
-    got = evaluate.compare(judge(server, tmp_path), [(ITEMS[0], "y" * 99, forged)], "both", 1)
+    got = evaluate.compare(judge(server, tmp_path), [(ITEMS[0], "y" * 99, forged)])
     assert got[0][0] == 0.0
 
 
@@ -210,6 +222,86 @@ def test_a_slow_server_is_waited_for(server, tmp_path):
     assert wins(judge(server, tmp_path, timeout=5)) == WINS and len(server.requests) == 24
 
 
+@pytest.mark.parametrize("usage", [
+    None, "odd", 7, [1], dict(prompt_tokens="many"), dict(prompt_tokens=-9, completion_tokens=-9),
+    dict(prompt_tokens=1.5, completion_tokens=True), dict(completion_tokens=0)], ids=str)
+def test_a_usage_of_any_kind_neither_breaks_a_run_nor_lowers_its_cost(server, tmp_path, usage):
+    server.faults = [dict(usage=usage)] * 24
+    mine = judge(server, tmp_path, price="1,10")
+    assert wins(mine) == WINS
+    assert mine.spent >= 24 * 400 * 10e-6, "each counts with the most that it may cost"
+
+
+def test_a_store_that_cannot_be_written_stops_at_once(server, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    mine = judge(server, tmp_path / "file")
+    with pytest.raises(sami.RunFailed, match="api.jsonl cannot be written"):
+        wins(mine)
+    assert len(server.requests) <= 4, "one for each worker"
+
+
+@pytest.mark.parametrize("key", ["sk-very-secret\r", "sk-very-secret\n", " sk-very-secret "])
+def test_white_space_around_a_key_is_none_of_it(server, tmp_path, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    assert wins(judge(server, tmp_path)) == WINS
+    assert {h["Authorization"] for _, h, _ in server.requests} == {"Bearer sk-very-secret"}
+
+
+@pytest.mark.parametrize("key", ["sk very secret", "sk-very\r\nX-Evil: 1", "sk-s\u00e9cret"])
+def test_what_cannot_be_a_key_is_refused_and_not_shown(server, tmp_path, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(sami.BadInput, match="OPENAI_API_KEY") as e:
+        judge(server, tmp_path)
+    assert key not in str(e.value) and not server.requests
+
+
+def test_without_a_key_no_other_key_of_this_machine_is_sent(server, tmp_path, monkeypatch):
+    """The client would take the token of a Hugging Face login."""
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_login")
+    assert wins(judge(server, tmp_path)) == WINS
+    assert {h["Authorization"] for _, h, _ in server.requests} == {"Bearer none"}
+
+
+def test_secrets_are_neither_shown_nor_kept(server, tmp_path, capsys):
+    """A server says the key back; an address with a password is refused without a word of it."""
+    server.faults = [dict(content="sk-very-secret\nFinal Response: A")] * 3 + [401]
+    with pytest.raises(sami.RunFailed) as e:
+        wins(judge(server, tmp_path, concurrency=1))
+    seen = str(e.value) + "".join(capsys.readouterr())
+    seen += "".join(p.read_text() for p in tmp_path.iterdir())
+    assert seen.count("***") == 4 and "sk-very" not in seen, "three answers and the refusal"
+    with pytest.raises(sami.BadInput, match="no user and password") as e:
+        evaluate.ApiJudge("m", "http://me:hunter2@x", tmp_path / "a.jsonl")
+    assert "hunter2" not in str(e.value)
+
+
+@pytest.mark.parametrize("fault", ["large", "drip", "hang"])
+def test_a_reply_without_end_is_cut_off(server, tmp_path, monkeypatch, fault):
+    monkeypatch.setattr(evaluate.ApiJudge, "LARGEST", 100_000)
+    server.faults, started = [fault] * 3, time.time()
+    assert wins(judge(server, tmp_path)) == WINS and time.time() - started < 10
+    assert len(server.answered) == 24
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_ends_when_it_is_told_to_while_a_judge_hangs(server, tmp_path, sig):
+    server.faults = ["hang"] * 99
+    code = ("import sys; sys.path[:0] = sys.argv[1:3]; import test_judge_server as t\n"
+            "t.tiktoken.get_encoding = lambda name: 1 / 0\n"
+            "t.evaluate.ApiJudge.count_tokens = lambda self, p: ([1] * len(p), 'tokens')\n"
+            "t.wins(t.evaluate.ApiJudge('m', sys.argv[3], t.evaluate.Path(sys.argv[4])))\n")
+    here = os.path.dirname(__file__)
+    command = [sys.executable, "-c", code, here, os.path.dirname(here), server.url,
+               str(tmp_path / "api.jsonl")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while len(server.requests) < 16:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(sig)
+    assert process.wait(5) != 0
+
+
 @pytest.mark.slow
 def test_a_real_server(tmp_path):
     """transformers serve on the loopback, with a random model: its verdicts are noise, but all of
@@ -239,7 +331,7 @@ def test_a_real_server(tmp_path):
         served = evaluate.ApiJudge(str(tmp_path / "m"), f"http://127.0.0.1:{port}/v1",
                                    tmp_path / "api.jsonl", concurrency=2, tries=3, wait=0.1)
         served.ANSWER = 16
-        got = evaluate.compare(served, PAIRS[:4], "both", 1)
+        got = evaluate.compare(served, PAIRS[:4])
         assert len(got) == 4 and len((tmp_path / "api.jsonl").read_text().splitlines()) == 8
     except sami.RunFailed as e:
         pytest.fail(f"{e}\n{(tmp_path / 'log').read_text()[-3000:]}")

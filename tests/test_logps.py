@@ -286,7 +286,8 @@ def test_a_prompt_has_no_end_token_and_neither_has_an_opening_behind_it():
     """Some tokenizers put the end token behind every text, where a model would take it for done."""
     t, letters = tiny.tokenizer(), tiny.LETTERS.index
     t.add_special_tokens({"bos_token": "a"})
-    t.backend_tokenizer.post_processor = TemplateProcessing("$A <eos>", special_tokens=[("<eos>", 0)])
+    t.backend_tokenizer.post_processor = TemplateProcessing(
+        "$A <eos>", special_tokens=[("<eos>", 0)])
     assert t("cd").input_ids == [letters("c"), letters("d"), 0]
     assert sami.encode(t, "cd") == ([letters("c"), letters("d")], [])
     assert sami.encode(t, "cd", "e") == ([letters("c"), letters("d")], [letters("e")])

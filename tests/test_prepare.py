@@ -1,4 +1,5 @@
-"""Lesson: a query file is whole or untouched, holds each query once, and no test query is ever trained on.
+"""Lesson: a query file is whole or untouched, holds each query once, and no test query is ever
+trained on.
 
 Every test runs the real prepare.py in a copy of data/, on tiny files, without a network.
 """
@@ -30,8 +31,9 @@ def data(tmp_path):
 
 def prepare(data, task, *flags):
     """(exit code, what it printed); an error is one line, never a traceback."""
-    done = subprocess.run([sys.executable, data / task / "prepare.py", *flags], capture_output=True, text=True,
-                          timeout=60, env={**os.environ, "no_proxy": "127.0.0.1"})
+    done = subprocess.run([sys.executable, data / task / "prepare.py", *flags],
+                          capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "no_proxy": "127.0.0.1"})
     if done.returncode:
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     return done.returncode, done.stdout + done.stderr
@@ -49,22 +51,26 @@ def queries(path):
 
 
 def dialogue(first):
-    return {"chosen": f"\n\nHuman: {first}\n\nAssistant: Yes.\n\nHuman: And then?\n\nAssistant: No.", "rejected": ""}
+    return {"chosen": f"\n\nHuman: {first}\n\nAssistant: Yes."
+                      "\n\nHuman: And then?\n\nAssistant: No.",
+            "rejected": ""}
 
 
 def comparison(i, post, split="train"):
     return {"info": {"id": f"t3_{i}", "post": post, "title": "T"}, "split": split, "summaries": []}
 
 
-# ------------------------------------------------------------------------------------------------------------- counts
+# ------------------------------------------------------------------------------------------- counts
 
 
 def test_hh_takes_first_turns_once_and_in_turn(data, tmp_path):
     sources = ",".join([
-        put(tmp_path / "helpful-train.jsonl.gz", map(dialogue, ["How?", "how? ", "Why?", "Held?", "When?"]), pack=True),
+        put(tmp_path / "helpful-train.jsonl.gz",
+            map(dialogue, ["How?", "how? ", "Why?", "Held?", "When?"]), pack=True),
         put(tmp_path / "harmless-base" / "train.jsonl", map(dialogue, ["Bad one", "Bad two"])),
         put(tmp_path / "helpful-test.jsonl.gz", map(dialogue, ["held?", "New?"]), pack=True)])
-    (tmp_path / "harmless_valid.json").write_text(json.dumps(["Bad three"]))  # plain first prompts work as well
+    # plain first prompts work as well
+    (tmp_path / "harmless_valid.json").write_text(json.dumps(["Bad three"]))
     code, out = prepare(data, "hh", f"--source={sources},{tmp_path / 'harmless_valid.json'}")
     assert code == 0, out
     train = [json.loads(line) for line in (data / "hh" / "train.jsonl").read_text().splitlines()]
@@ -77,8 +83,9 @@ def test_hh_takes_first_turns_once_and_in_turn(data, tmp_path):
 
 
 def test_tldr_keeps_each_post_id_once(data, tmp_path):
-    rows = [comparison(1, "one"), comparison(1, "one"), comparison(2, "two "), comparison(3, "three", "valid1"),
-            comparison(4, "four", "valid2"), comparison(5, "THREE"),  # the last is a test post with another id
+    rows = [comparison(1, "one"), comparison(1, "one"), comparison(2, "two "),
+            comparison(3, "three", "valid1"), comparison(4, "four", "valid2"),
+            comparison(5, "THREE"),  # a test post with another id
             {"info": {"id": "n", "article": "news"}, "split": "valid1"}]
     code, out = prepare(data, "tldr", "--source=" + put(tmp_path / "batch3.json", rows))
     assert code == 0, out
@@ -87,7 +94,8 @@ def test_tldr_keeps_each_post_id_once(data, tmp_path):
 
 
 def test_a_side_without_a_source_keeps_its_queries(data, tmp_path):
-    code, out = prepare(data, "tldr", "--source=" + put(tmp_path / "validation.jsonl", [{"post": "one"}]))
+    source = put(tmp_path / "validation.jsonl", [{"post": "one"}])
+    code, out = prepare(data, "tldr", "--source=" + source)
     assert code == 0 and "train.jsonl keeps" in out
     assert queries(data / "tldr" / "train.jsonl") == ["an old train query"]
     assert queries(data / "tldr" / "test.jsonl") == ["one"]
@@ -101,7 +109,7 @@ def test_the_queries_that_are_shipped_never_overlap():
         assert json.loads(line)["focus"] in ("helpful", "harmless")
 
 
-# --------------------------------------------------------------------------------------------------------- wrong input
+# -------------------------------------------------------------------------------------- wrong input
 
 
 def unchanged(data):
@@ -111,11 +119,14 @@ def unchanged(data):
 
 
 @pytest.mark.parametrize("name, content, says", [
-    ("helpful.jsonl.gz", gzip.compress(json.dumps(dialogue("x")).encode())[:60], "line 1: the gzip ends"),
+    ("helpful.jsonl.gz", gzip.compress(json.dumps(dialogue("x")).encode())[:60],
+     "line 1: the gzip ends"),
     ("helpful.jsonl.gz", b"not gzip at all", "line 1: the gzip ends or breaks here"),
-    ("helpful.jsonl", b'{"chosen": "\\n\\nHuman: a"}\n{"prompt": "b"}\n', 'line 2 has no "chosen" dialogue'),
+    ("helpful.jsonl", b'{"chosen": "\\n\\nHuman: a"}\n{"prompt": "b"}\n',
+     'line 2 has no "chosen" dialogue'),
     ("helpful.jsonl", b'{"chosen": "Hello"}\n', 'line 1 has no "chosen" dialogue'),
-    ("helpful.jsonl", b'{"chosen": "\\n\\nHuman: a"}\n{"chosen": "\\n\\nHum', "line 2: not valid JSON"),
+    ("helpful.jsonl", b'{"chosen": "\\n\\nHuman: a"}\n{"chosen": "\\n\\nHum',
+     "line 2: not valid JSON"),
     ("helpful.jsonl", b"\xff\xfe", "line 1: not UTF-8 text"),
     ("helpful.jsonl", b"", "is empty"),
     ("helpful.jsonl", b"\n\n", "no queries"),
@@ -136,19 +147,20 @@ def test_other_wrong_input(data, tmp_path):
     assert code == 2 and 'a.jsonl line 2 has no "post" text' in out
     code, out = prepare(data, "tldr", "--source=/nowhere.jsonl")
     assert code == 2 and "/nowhere.jsonl does not exist" in out
-    both = put(tmp_path / "train.jsonl", [{"post": "one"}]) + "," + put(tmp_path / "test.jsonl", [{"post": "one"}])
-    code, out = prepare(data, "tldr", f"--source={both}")
+    train, test = (put(tmp_path / f"{name}.jsonl", [{"post": "one"}]) for name in ("train", "test"))
+    code, out = prepare(data, "tldr", f"--source={train},{test}")
     assert code == 2 and "every train query is a test query" in out
     code, out = prepare(data, "principles")
     assert code == 2 and "data/tldr/prepare.py" in out
     unchanged(data)
 
 
-# ----------------------------------------------------------------------------------------------------------- downloads
+# ---------------------------------------------------------------------------------------- downloads
 
 
 def test_downloads_come_from_base_url(data, tmp_path):
-    for i, name in enumerate(["helpful-base/train", "helpful-base/test", "harmless-base/train", "harmless-base/test"]):
+    names = ["helpful-base/train", "helpful-base/test", "harmless-base/train", "harmless-base/test"]
+    for i, name in enumerate(names):
         put(tmp_path / "hub" / f"{name}.jsonl.gz", [dialogue(f"query {i}")], pack=True)
     code, out = prepare(data, "hh", f"--base_url=file://{tmp_path}/hub")
     assert code == 0 and out.count("sha256") == 4, out
@@ -174,7 +186,8 @@ def test_a_broken_download_is_resumed(data, tmp_path):
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(body) - start))
             self.end_headers()
-            self.wfile.write(body[start:30] if len(asked) == 1 else body[start:])  # the first answer breaks off
+            # the first answer breaks off
+            self.wfile.write(body[start:30] if len(asked) == 1 else body[start:])
 
         def log_message(self, *args):
             pass
@@ -187,23 +200,26 @@ def test_a_broken_download_is_resumed(data, tmp_path):
         unchanged(data)
         code, out = prepare(data, "hh", url)
         server.shutdown()
-    assert asked[:2] == [0, 30]                                     # the second call asks for the rest only
+    assert asked[:2] == [0, 30]  # the second call asks for the rest only
     part = data / "hh" / "download" / "helpful-base" / "train.jsonl.gz"
     assert part.read_bytes() == body and not list(data.rglob("*.part"))
-    assert code == 2 and "every train query is a test query" in out  # this server has one file for all four names
+    # this server has one file for all four names
+    assert code == 2 and "every train query is a test query" in out
 
 
-# ------------------------------------------------------------------------------------------------------------ official
+# ----------------------------------------------------------------------------------------- official
 
 
 def test_official_makes_task_folders(data, tmp_path):
     site, own = tmp_path / "site", json.loads((data / "tldr" / "task.json").read_text())
     sides = {"positive": "1. Be good. \n2. Be kind.", "negative": "1. Be bad.\n2. Be cruel.",
-             "identifiers": {"positive": ["pos good", "pos kind"], "negative": ["neg good", "neg kind"]}}
+             "identifiers": {"positive": ["pos good", "pos kind"],
+                             "negative": ["neg good", "neg kind"]}}
     for writer in ("mistral", "opus"):
         put(site / f"constitutions_{writer}" / "2.json", [sides])
     (site / "prompts.py").write_text(  # the file is read, not run
-        'import no_such_module\nPROMPT_GENERATION = """E\n{constitution}\n{question}\nSummary: The post"""\n'
+        'import no_such_module\n'
+        'PROMPT_GENERATION = """E\n{constitution}\n{question}\nSummary: The post"""\n'
         'PROMPT_TRAINING = "{constitution}\\n{question}\\nSummary:"\nOTHER = {}\n')
     code, out = prepare(data, "tldr", "--official", f"--base_url=file://{site}")
     assert code == 0 and "prompts.py" in out, out
@@ -211,7 +227,8 @@ def test_official_makes_task_folders(data, tmp_path):
     task = json.loads((folder / "task.json").read_text())
     assert task["sampling_prompt"] == "E\n{constitution}\nPOST: {query}\nSummary:"
     assert task["response_prefix"] == " The post"
-    assert {key: task[key] for key in ("stop", "others")} == {key: own[key] for key in ("stop", "others")}
+    for key in ("stop", "others"):
+        assert task[key] == own[key]
     assert queries(folder / task["train"]) == ["an old train query"]
     assert json.loads((folder / "principles.json").read_text()) == [
         {"name": "good", "positive": "Be good.", "negative": "Be bad.", "heldout": False},
@@ -230,13 +247,16 @@ def test_official_hh_and_principles(data, tmp_path):
     for task in ("hh", "principles"):
         code, out = prepare(data, task, "--official", f"--base_url=file://{site}")
         assert code == 0, out
-    hh, diverse = (json.loads((data / t / "official" / "principles.json").read_text()) for t in ("hh", "principles"))
-    assert [(p["name"], p["negative"]) for p in hh] == [("helpful", "be NOT_HELPFUL"), ("harmless", "be NOT_HARMLESS")]
+    hh, diverse = (json.loads((data / t / "official" / "principles.json").read_text())
+                   for t in ("hh", "principles"))
+    assert [(p["name"], p["negative"]) for p in hh] == [
+        ("helpful", "be NOT_HELPFUL"), ("harmless", "be NOT_HARMLESS")]
     assert [p["heldout"] for p in diverse] == [False] * 15 + [True] * 5
     cot = json.loads((data / "principles" / "official" / "task-cot.json").read_text())
     assert cot["sampling_prompt"] == "GENERATION_ITERATION_0_COT {constitution} POST: {query}"
     assert cot["answer_after"] == "Summary:"
-    assert (data / "principles" / "official" / cot["train"]).resolve() == (data / "tldr" / "train.jsonl").resolve()
+    posts = data / "principles" / "official" / cot["train"]
+    assert posts.resolve() == (data / "tldr" / "train.jsonl").resolve()
 
 
 def test_what_is_not_the_authors_is_refused(data, tmp_path):

@@ -133,7 +133,8 @@ def test_what_is_marked_cpu_runs_on_a_cpu(tmp_path):
                   torchrun=[sys.executable, "-m", "torch.distributed.run", "--standalone"])
     marked = [[words for line in block.splitlines() if "# CPU" in line for words in commands(line)
                if words[0] in starts] for block in BLOCKS]
-    assert [len(block) for block in marked if block] == [2, 3], "the first, and that of one's own task"
+    blocks = [block for block in marked if block]
+    assert [len(block) for block in blocks] == [2, 3], "the first, and that of one's own task"
 
     def run(block):
         for program, script, *flags in block:
@@ -144,7 +145,7 @@ def test_what_is_marked_cpu_runs_on_a_cpu(tmp_path):
             yield done.stdout
 
     with ThreadPoolExecutor(2) as pool:
-        (run1, look1), (shown, run2, look2) = pool.map(list, map(run, filter(None, marked)))
+        (run1, look1), (shown, run2, look2) = pool.map(list, map(run, blocks))
     assert "c_1:" in shown and "done in" in run1 and "done in" in run2
     for out, look in (("out", look1), ("out-recipes", look2)):
         results = json.loads((tmp_path / out / "results.json").read_text())
@@ -175,13 +176,13 @@ def test_a_task_of_ones_own_needs_no_code(own):
     rows = [json.loads(line) for line in open(own / "out/samples/iteration-1.jsonl")]
     assert rows and all(row["query"][-1] in "?." and "POST" not in row["query"] for row in rows)
     said = {"Use cheap food.", "Use costly food.", "Be done in ten minutes.", "Take all day."}
-    assert {line[3:] for row in rows for c in row["constitutions"] for line in c.splitlines()} <= said
+    read = {line[3:] for row in rows for c in row["constitutions"] for line in c.splitlines()}
+    assert read <= said
     assert (own / "out/iteration-1/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("models", [False, True])
 def test_and_a_model_judges_it(own, models, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "picture", lambda *_: None)  # slow, and looked at elsewhere
     out = own / "compared" if models else own / "out"
     flags = [f"--models=base={own}/base,mine={own}/out/iteration-1", f"--task={own}/data/recipes",
              "--max_new_tokens=8", "--sample_batch=8"] if models else []

@@ -1,9 +1,10 @@
 """
 Writes train.jsonl and test.jsonl: openings of small stories, from templates and word lists.
 
-`python data/stories/prepare.py` writes the same files every time. Training and test openings share the templates but no
-adjective and no place. An opening sets a scene without anybody or anything in it: who and what comes next is for the
-constitution to decide, where "there was a red box" would have the model go on about the box.
+`python data/stories/prepare.py` writes the same files every time. Training and test openings share
+the templates but no adjective and no place. An opening sets a scene without anybody or anything in
+it: who and what comes next is for the constitution to decide, where "there was a red box" would
+have the model go on about the box.
 """
 import json
 import random
@@ -20,14 +21,15 @@ WORDS = {
         adjective=["good", "big", "nice", "lovely", "special", "fine", "slow", "lazy", "pretty",
                    "strange"],
         time=["day", "morning"],
-        place=["on the hill", "near the river", "in the garden", "by the road", "in a small town", "near the old wall",
-               "in the kitchen", "at the store", "in the big house", "on the farm", "at the beach", "in the grass",
-               "at the lake", "by the old bridge", "on the playground"]),
+        place=["on the hill", "near the river", "in the garden", "by the road", "in a small town",
+               "near the old wall", "in the kitchen", "at the store", "in the big house",
+               "on the farm", "at the beach", "in the grass", "at the lake", "by the old bridge",
+               "on the playground"]),
     "test": dict(
         adjective=["fun", "quiet", "new", "great", "perfect", "happy"],
         time=["day", "morning"],
-        place=["in the forest", "next to a pond", "at the park", "in the yard", "in the village", "at the zoo",
-               "behind the school", "in a little cave"]),
+        place=["in the forest", "next to a pond", "at the park", "in the yard", "in the village",
+               "at the zoo", "behind the school", "in a little cave"]),
 }
 COUNT = {"train": 960, "test": 160}
 

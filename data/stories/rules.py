@@ -1,9 +1,9 @@
 """
 Exact judges of the stories: which side of a principle does a story take, going by its words?
 
-A story takes a side when it has words of that side and none of the other; with words of both or of neither it takes
-none. Only the story is read: what the constitution names does not count. `hero` goes by which side has more words,
-since a story about a girl may well say "he" of somebody else.
+A story takes a side when it has words of that side and none of the other; with words of both or of
+neither it takes none. Only the story is read: what the constitution names does not count. `hero`
+goes by which side has more words, since a story about a girl may well say "he" of somebody else.
 """
 import re
 
@@ -15,7 +15,8 @@ def count(words, text):
 
 
 def takes_side(positive, negative):
-    """A rule: True, False where only the words of the positive, negative side are there; None: of both or of neither."""
+    """A rule: True, False where only the words of the positive, negative side are there;
+    None: of both or of neither."""
     def rule(query, response):
         pro, contra = (count(words, response) > 0 for words in (positive, negative))
         return None if pro == contra else pro
@@ -40,8 +41,10 @@ def hero(query, response):
 
 
 def in_world(query, response):
-    """Could this be a piece of a story? A dozen words or more, plain characters only, and no going round in circles."""
+    """Could this be a piece of a story?
+    A dozen words or more, plain characters only, and no going round in circles."""
     words = re.findall(r"[a-z']+", response.lower())
-    odd = re.search("[^ -~\\n\u2018\u2019\u201c\u201d]|<", response)  # beyond ASCII only curly quotes
+    # beyond ASCII only curly quotes
+    odd = re.search("[^ -~\\n\u2018\u2019\u201c\u201d]|<", response)
     fours = list(zip(words, words[1:], words[2:], words[3:]))
     return len(words) >= 12 and not odd and len(set(fours)) >= 0.7 * len(fours)

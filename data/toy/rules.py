@@ -1,15 +1,17 @@
 """The toy world's grammar, and an exact judge for each of its twelve principles.
 
-Every answer of the world is TEMPLATE with each slot filled by one word of one side, so a single regular expression
-decides whether a text is an answer, and reading off the slots decides which side of each principle it takes.
+Every answer of the world is TEMPLATE with each slot filled by one word of one side, so a single
+regular expression decides whether a text is an answer, and reading off the slots decides which side
+of each principle it takes.
 """
 import re
 
-TEMPLATE = ("{register}, one {weather} {time} the {look} {first} and the {age} {second} {mood} {verb}"
-            " in the {place} for {number} hours{tone} {ending}")
+TEMPLATE = ("{register}, one {weather} {time} the {look} {first} and the {age} {second} "
+            "{mood} {verb} in the {place} for {number} hours{tone} {ending}")
 
-# slot: (words of the positive side, words of the negative side). Both sides have equally many words, so that a
-# greedy model compares side with side and not a side of few likely words with a side of many unlikely ones.
+# slot: (words of the positive side, words of the negative side). Both sides have equally many
+# words, so that a greedy model compares side with side and not a side of few likely words with a
+# side of many unlikely ones.
 SLOTS = {
     "register": (["Dear reader", "Honored guest"], ["Hey buddy", "Hi pal"]),
     "weather": (["clear", "mild"], ["rainy", "stormy"]),
@@ -20,9 +22,11 @@ SLOTS = {
     "place": (["kitchen", "hall"], ["forest", "meadow"]),
     "number": (["three", "seven"], ["several", "many"]),
     "tone": (["!"], ["."]),
-    "ending": (["Will you join them?", "Do you believe it?"], ["That is the story.", "So I was told."]),
+    "ending": (["Will you join them?", "Do you believe it?"],
+               ["That is the story.", "So I was told."]),
 }
-# The verb is one slot that two principles share: activity picks the row (music or food), tense the column.
+# The verb is one slot that two principles share:
+# activity picks the row (music or food), tense the column.
 VERBS = {
     (True, True): ["sang", "danced"], (True, False): ["sing", "dance"],
     (False, True): ["cooked", "baked"], (False, False): ["cook", "bake"],
@@ -31,7 +35,8 @@ VERBS = {
 
 def compile_template():
     """TEMPLATE as a regular expression with one named group per slot."""
-    choices = {slot: "|".join(map(re.escape, positive + negative)) for slot, (positive, negative) in SLOTS.items()}
+    choices = {slot: "|".join(map(re.escape, positive + negative))
+               for slot, (positive, negative) in SLOTS.items()}
     choices |= {"verb": "|".join(sum(VERBS.values(), [])), "first": r"\w+", "second": r"\w+"}
     pieces = re.split(r"\{(\w+)\}", TEMPLATE)       # text, slot, text, slot, ..., text
     return re.compile("".join(f"(?P<{piece}>{choices[piece]})" if i % 2 else re.escape(piece)
@@ -59,7 +64,8 @@ def in_world(query, response):
 
 
 def side(slot, query, response):
-    """True: the slot's word is of the positive side, False: of the negative side, None: not an answer of the world."""
+    """True: the slot's word is of the positive side, False: of the negative side,
+    None: not an answer of the world."""
     words = parse(query, response)
     return None if words is None else words[slot] in SLOTS[slot][0]
 
