@@ -209,22 +209,18 @@ def preferences(model, tokenizer, prompts, cfg):
     """log P("A") - log P("B") behind each prompt, nats: nothing is generated, nothing is parsed. No
     control token comes from what is judged (sami.encode)."""
     asked = "Which one follows the principles better? Answer with one letter, A or B."
-    examples = []
+    pairs = []
     for text in prompts:
         prompt, letters = f"{text}{asked}\nAnswer:", (" A", " B")
         if tokenizer.chat_template:
             prompt, letters = [dict(role="user", content=text + asked)], "AB"
         ids = [sami.encode(tokenizer, prompt, letter) for letter in letters]
-        examples.append(SimpleNamespace(prompts=[ids[0][0]], ids=[response for _, response in ids]))
-    longest = max(len(e.prompts[0]) + 8 for e in examples)
+        pairs.append(([ids[0][0]], [response for _, response in ids]))
+    longest = max(len(prompt) + 8 for [prompt], _ in pairs)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     need(longest <= limit, f"a comparison has {longest} tokens, this judge reads {limit}: choose "
          "another --judge", RunFailed)
-    found = []
-    for e in tqdm(examples, desc="judging", disable=None, leave=False):
-        with torch.no_grad():
-            [[a, b]] = sami.score_examples(model, [e], cfg)[0]
-        found.append(float(a.sum() - b.sum()))
+    found = [float(a.sum() - b.sum()) for [[a, b]] in score_all(model, pairs, cfg)]
     need(all(map(math.isfinite, found)), "the judge's log-probs are no numbers: choose another "
          "--judge", RunFailed)
     return found
@@ -502,13 +498,23 @@ def ask_models(paths, task, cfg, settings):
         except RunFailed as e:  # a model that has collapsed is a result too
             print(f"{m}: no matrices: {e}", file=sys.stderr)
         print(f"{m}: {len(pairs)} responses in {time.time() - started:.0f} s", file=sys.stderr)
-    for m in small if next(iter(paths)) in small else ():
-        for a in (a for a in answers[m].values() if a["ids"]):
-            with torch.no_grad():
-                [[logp]] = sami.score_examples(
-                    model, [SimpleNamespace(prompts=[a["prompt"]], ids=[a["ids"]])], settings)[0]
-            a["nll"] = -float(logp.mean())
-    return items, answers, scored
+    said = [a for m in small if next(iter(paths)) in small for a in answers[m].values() if a["ids"]]
+    cells = score_all(model, [([a["prompt"]], [a["ids"]]) for a in said], settings) if said else []
+    for a, [[logp]] in zip(said, cells):
+        a["nll"] = -float(logp.mean())
+    return items, answers, {name: scored[name] for name in paths if name in scored}
+
+
+@torch.no_grad()
+def score_all(model, pairs, cfg):
+    """(prompts, responses) of many questions -> for each the cells of sami.score_examples: token
+    log-probs of every response behind every prompt."""
+    examples = [SimpleNamespace(prompts=prompts, ids=ids) for prompts, ids in pairs]
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompts[0]))
+    cells = {}
+    for part in (order[k:k + 32] for k in range(0, len(order), 32)):  # of similar length
+        cells.update(zip(part, sami.score_examples(model, [examples[i] for i in part], cfg)))
+    return [cells[i] for i in range(len(examples))]
 
 
 def describe(items, answers, baseline, task, rules):
@@ -656,11 +662,12 @@ def draw_curves(plt, models, heldout):
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained",
                                 width_ratios=[max(len(part), 1) for part in parts.values()])
     for ax, (title, part) in zip(axes, parts.items()):
-        for name, color, marker in zip(ends, colors, "os"):  # for print in grey as well
-            mean, error = zip(*[models[name]["principles"][p] for p in part] or [(0, 0)])
-            ax.errorbar(part, mean[:len(part)], [1.96 * (e or 0) for e in error[:len(part)]],
-                        label=name, color=color, marker=marker, linestyle="none", capsize=3)
-        ax.set(title=title, ylim=(-0.03, 1.03))
+        for k, (name, color, marker) in enumerate(zip(ends, colors, "os")):
+            for i, (mean, error) in enumerate(models[name]["principles"][p] for p in part):
+                ax.errorbar(i + 0.2 * k - 0.1, mean, 1.96 * (error or 0), color=color, capsize=3,
+                            marker=marker, label=None if i else name)
+        ax.set_xticks(range(len(part)), part)
+        ax.set(title=title, ylim=(-0.03, 1.03), xlim=(-0.5, max(len(part), 1) - 0.5))
         ax.tick_params(axis="x", rotation=35)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("share of responses that take\nthe side asked for")

@@ -1,5 +1,5 @@
 """A response is made once, and is a sample that sami.py trains on, whichever engine made it."""
-import json, resource, subprocess, sys
+import json, re, resource, subprocess, sys
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -430,30 +430,9 @@ def test_lines_are_what_iteration_1_samples(run, flags):
     assert (run.path / "out/iteration-1/model.safetensors").is_file()
 
 
-RECIPE = r'''
-import re, sys
-import numpy as np
-import sami, vllm
-
-cfg, rng = sami.parse(sami.Config, sys.argv[1:]), np.random.default_rng
-task, (_, tokenizer) = sami.load_task(cfg.task), sami.load_tokenizer(cfg.model)
-(folder := sami.Path(cfg.out_dir) / "samples").mkdir(parents=True)
-rows, prompts = [], []
-for i in rng((cfg.seed, 1)).permutation(range(0, len(task.train), 2)).tolist():
-    x, focus = task.train[i]["query"], task.train[i].get("focus")
-    cs = task.draw(rng((cfg.seed, 1, i, sami.DRAW)), cfg.n, focus)
-    rows.append(dict(number=i, query=x, constitutions=[str(c) for c in cs], responses=[]))
-    for c in cs:
-        ids = sami.encode(tokenizer, task.sampling_prompt(x, c), task.response_prefix)
-        prompts.append(dict(prompt_token_ids=ids[0] + ids[1]))
-how = vllm.SamplingParams(temperature=cfg.temperature, top_p=cfg.top_p,
-                          max_tokens=cfg.max_new_tokens,
-                          stop=[] if task.answer_after else task.stop)
-for k, out in enumerate(vllm.LLM(cfg.model, dtype="bfloat16").generate(prompts, how)):
-    text = task.response_prefix + out.outputs[0].text
-    rows[k // cfg.n]["responses"].append(re.match(r"\s*", text)[0] + task.clean(text))
-sami.append(folder / "iteration-1.jsonl", *rows)
-'''
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+[RECIPE] = [code for code in re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+            if "vllm" in code]
 
 
 class Engine:
@@ -470,8 +449,6 @@ class Engine:
             made = self.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
                                        max_new_tokens=how.max_tokens, pad_token_id=0)
             text = self.tokenizer.decode(made[0, ids.shape[1]:], skip_special_tokens=True)
-            for stop in how.stop:
-                text = text.partition(stop)[0]
             yield SimpleNamespace(outputs=[SimpleNamespace(text=text)])
 
 
@@ -482,8 +459,9 @@ def test_samples_of_another_engine(tmp_path, monkeypatch, keys):
     monkeypatch.setitem(sys.modules, "vllm",
                         SimpleNamespace(LLM=Engine, SamplingParams=SimpleNamespace))
     monkeypatch.setattr(sys, "argv", ["recipe.py", *flags])
-    exec(compile(RECIPE, "recipe.py", "exec"), {})
     file = tmp_path / "out/samples/iteration-1.jsonl"
+    file.parent.mkdir(parents=True)
+    exec(compile(RECIPE, "recipe.py", "exec"), {})
     given = file.read_bytes()
     rows = lines(file)
     assert all(list(row) == ["number", "query", "constitutions", "responses"] for row in rows)
