@@ -346,8 +346,8 @@ class ApiJudge:
                     message, model=self.model, max_tokens=self.ANSWER, temperature=0), self.timeout)
                 choice, usage = answer.choices[0], answer.usage
                 count = [getattr(usage, k, None) for k in ("prompt_tokens", "completion_tokens")]
-                known = all(type(c) is int and c >= 0 for c in count)
-                paid = max(self.cost(*count), 0) if known else most
+                known = all(type(c) is int and c > 0 for c in count)  # else it lowers no cost
+                paid = self.cost(*count) if known else most
                 self.keep(dict(asked=name, text=self.hide(str(choice.message.content or "")),
                                whole=choice.finish_reason != "length"))
                 return

@@ -407,11 +407,6 @@ class Constitution:
         return Constitution(*fields, self.numbered)
 
 
-def flat(x):
-    """A query as one text: a dialogue becomes lines such as "user: Hello"."""
-    return x if isinstance(x, str) else "\n".join(f"{m['role']}: {m['content']}" for m in x)
-
-
 TASK_KEYS = dict(  # what task.json may hold, and what counts where it holds nothing
     about="", sampling_prompt="", scoring_prompt="", chat=False, response_prefix="",
     answer_after="",  # a chain of thought comes before it
@@ -424,7 +419,6 @@ TASK_KEYS = dict(  # what task.json may hold, and what counts where it holds not
 class Task:
     """A folder with task.json (TASK_KEYS), principles.json and two files of queries; or the path of
     another such .json file. Raises BadInput with file, line and fix."""
-    flat = staticmethod(flat)
 
     def __init__(self, folder):
         path = Path(folder) if str(folder).endswith(".json") else Path(folder) / "task.json"
@@ -449,10 +443,11 @@ class Task:
         need(0 < self.principles_per_constitution <= len(self.principles), f"{path}: principles_per"
              f"_constitution must lie between 1 and the {len(self.principles)} to train on")
         self.train, self.test = (self.read_queries(spec[key]) for key in ("train", "test"))
-        seen = {flat(q["query"]) for q in self.train}
+        seen = {self.flat(q["query"]) for q in self.train}
         for q in self.test:
-            need(flat(q["query"]) not in seen, f"{q['line']}: {flat(q['query'])[:60]!r} is in "
-                 f"{spec['train']} too; remove it from one of them")
+            text = self.flat(q["query"])
+            need(text not in seen, f"{q['line']}: {text[:60]!r} is in {spec['train']} too; remove "
+                 "it from one of them")
 
     def read_principles(self, path):
         """-> those to train on, those held out: dicts of name, positive and negative (lists of
@@ -471,6 +466,11 @@ class Task:
                 assert type(p["heldout"]) is bool and not set(p["positive"]) & set(p["negative"])
             found[p["name"]] = p
         return [[p for p in found.values() if p["heldout"] is held] for held in (False, True)]
+
+    @staticmethod
+    def flat(x):
+        """A query as one text: a dialogue becomes lines such as "user: Hello"."""
+        return x if isinstance(x, str) else "\n".join(f"{m['role']}: {m['content']}" for m in x)
 
     def is_query(self, x):
         """A text; for a chat model also the messages of a dialogue, the user's first and last."""

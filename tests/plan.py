@@ -82,7 +82,7 @@ def read_config(cfg):
     if cfg.model in SHAPES:  # no tokenizer without a download: a token has about four letters
         from transformers import AutoConfig
         kind, values = SHAPES[cfg.model]
-        return AutoConfig.for_model(kind, **values), lambda prompt: len(sami.flat(prompt)) / 4
+        return AutoConfig.for_model(kind, **values), lambda prompt: len(sami.Task.flat(prompt)) / 4
     config, tokenizer = sami.load_tokenizer(cfg.model)
     return config, lambda prompt: len(sami.encode(tokenizer, prompt)[0])
 

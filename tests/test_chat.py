@@ -293,7 +293,7 @@ def test_a_file_with_a_broken_dialogue_is_named(make):
 
 
 def test_a_judge_reads_a_dialogue_as_one_json_string():
-    item = dict(text=sami.flat(TALK), constitution="1. be")
+    item = dict(text=sami.Task.flat(TALK), constitution="1. be")
     prompt = evaluate.judge_prompt(item, "a", "b")
     assert 'Request: "user: hi\\nassistant: yes?\\nuser: do tell"\n' in prompt
 

@@ -224,7 +224,8 @@ def test_a_slow_server_is_waited_for(server, tmp_path):
 
 @pytest.mark.parametrize("usage", [
     None, "odd", 7, [1], dict(prompt_tokens="many"), dict(prompt_tokens=-9, completion_tokens=-9),
-    dict(prompt_tokens=1.5, completion_tokens=True), dict(completion_tokens=0)], ids=str)
+    dict(prompt_tokens=1.5, completion_tokens=True), dict(completion_tokens=0),
+    dict(prompt_tokens=0, completion_tokens=0)], ids=str)
 def test_a_usage_of_any_kind_neither_breaks_a_run_nor_lowers_its_cost(server, tmp_path, usage):
     server.faults = [dict(usage=usage)] * 24
     mine = judge(server, tmp_path, price="1,10")
