@@ -16,7 +16,6 @@ a comparison; a judge sees both orders. Every number has its standard error over
 """
 import asyncio, dataclasses, hashlib, importlib.util, json, math, os, random, re, sys, time
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
@@ -139,9 +138,12 @@ def rescore(path):
 
 def write(path, text):
     """All of a file or nothing of it: written under a temporary name, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
-    Path(f"{path}.tmp").replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{path}.tmp").write_text(text, encoding="utf-8")
+        Path(f"{path}.tmp").replace(path)
+    except OSError as e:
+        raise RunFailed(f"{path} cannot be written: {e}; make room")
 
 
 # --------------------------------------------------------------------------------------- who judges
@@ -169,29 +171,28 @@ def load_rules(task):
 
 def follows(rules, item, text):
     """-> {principle: does the response take the side that the constitution asks for?}"""
-    found = {}
-    for name, side in item["sides"].items():
-        where = f"rules.py: {name}(query, response)"
-        try:
-            took = getattr(rules, name)(item["text"], text)
-        except (Exception, SystemExit) as e:
-            raise RunFailed(f"{where} failed on {text[:60]!r}: {e!r}; mend it and judge the stored "
-                            "responses/*.jsonl with --models=name=file,...")
-        need(took is True or took is False or took is None, f"{where} returned {took!r}; it must "
-             "return True (as the positive side asks), False or None", RunFailed)
-        found[name] = took is side
-    return found
+    return {name: ask_rule(rules, name, item["text"], text) is side
+            for name, side in item["sides"].items()}
+
+
+def ask_rule(rules, name, query, text):
+    """-> True, False or None. Raises RunFailed where a rule gives anything else, or fails."""
+    where = f"rules.py: {name}(query, response)"
+    try:
+        took = getattr(rules, name)(query, text)
+    except (Exception, SystemExit) as e:
+        raise RunFailed(f"{where} failed on {text[:60]!r}: {e!r}; mend it and judge the stored "
+                        "responses/*.jsonl with --models=name=file,...")
+    need(took is True or took is False or took is None, f"{where} returned {took!r}; it must "
+         "return True (as the positive side asks), False or None", RunFailed)
+    return took
 
 
 def rule_judge(rules):
     """Prefers the response that follows more principles."""
-    @lru_cache(None)
-    def count(query, sides, text):
-        return sum(follows(rules, dict(text=query, sides=dict(sides)), text).values())
-
     def judge(shown):
-        scores = [[count(it["text"], tuple(it["sides"].items()), text) for text in texts]
-                  for it, *texts in shown]
+        scores = [[sum(follows(rules, item, text).values()) for text in texts]
+                  for item, *texts in shown]
         return ["A" if a > b else "B" if b > a else None for a, b in scores]
     return judge
 
@@ -257,9 +258,12 @@ class ApiJudge:
         self.model, self.url, self.store, self.max_cost = model, url.rstrip("/"), store, max_cost
         self.concurrency, self.timeout, self.tries, self.wait = concurrency, timeout, tries, wait
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
-        address = urlsplit(url)
-        need(not address.username, "--judge_url must hold no user and password: a key belongs into "
-             "the environment variable OPENAI_API_KEY")
+        need("@" not in url, "--judge_url must hold no user and password: a key belongs into the "
+             "environment variable OPENAI_API_KEY")
+        try:
+            address = urlsplit(url)
+        except ValueError as e:
+            need(False, f"--judge_url={url} is no http:// or https:// address: {e}")
         need(address.scheme in ("http", "https") and address.hostname,
              f"--judge_url={url} is no http:// or https:// address")
         need(self.key or address.hostname != "api.openai.com",
@@ -368,7 +372,8 @@ class ApiJudge:
                         f"{why})")
 
     def hide(self, text):
-        return text.replace(self.key, "***") if self.key else text
+        # a stand-in such as "x" is no secret, and would blot out letters of a verdict
+        return text.replace(self.key, "***") if len(self.key) > 7 else text
 
     def cost(self, read, written):
         return read * self.price[0] + written * self.price[1]
@@ -428,9 +433,11 @@ def make_items(task, cfg):
     items = []
     for i, q in enumerate(task.test[:cfg.queries or None]):
         rng = np.random.default_rng((cfg.seed, 0, i, 10))
-        drawn = dict(learned=task.draw(rng, 1, q.get("focus"))[0])
+        # where the first of several always takes the positive sides, every other query has another
+        k = 1 + task.first_always_positive
+        drawn = dict(learned=task.draw(rng, k, q.get("focus"))[i % k])
         if len(task.heldout) >= task.principles_per_constitution:
-            drawn["heldout"] = task.draw(rng, 1, heldout=True)[0]
+            drawn["heldout"] = task.draw(rng, k, heldout=True)[i % k]
         items += [dict(set=s, index=i, query=q["query"], text=task.flat(q["query"]),
                        constitution=str(c), sides=dict(zip(c.names, c.sides)))
                   for s, c in drawn.items()]
@@ -440,29 +447,46 @@ def make_items(task, cfg):
 def read_responses(path, task):
     """A .jsonl from anywhere -> items, answers {(query, constitution): answer}. A line holds query,
     constitution and response, or like those of generate.py query, constitutions, responses."""
-    wordings = [(w, p["name"], side == "positive") for p in task.principles + task.heldout
+    every = task.principles + task.heldout
+    wordings = [(w, p["name"], side == "positive") for p in every
                 for side in ("positive", "negative") for w in p[side]]
+    wordings.sort(key=lambda w: -len(w[0]))  # one may be part of a longer one
     items, answers = [], {}
+
+    def read_sides(c):
+        sides = {}
+        for wording, name, side in wordings:
+            if wording in c:
+                sides[name], c = side, c.replace(wording, "\0")
+        return sides
 
     def is_fine(row):
         if "responses" not in row:
             row.update({f"{k}s": [row[k]] for k in ("constitution", "response")})
             row["sides"] = [row.get("sides") or {}]
-        row.setdefault("sides", [{}] * len(row["responses"]))
-        return (isinstance("".join(row["constitutions"] + row["responses"]), str)  # all are texts
-                and task.is_query(row["query"]) and all(isinstance(s, dict) for s in row["sides"]))
+        texts = row["responses"]
+        row.setdefault("sides", [{}] * len(texts))
+        counts = [len(ids) for ids in row.get("ids") or map(str.split, texts)]  # else words
+        row["counts"] = [row["tokens"]] * len(texts) if "tokens" in row else counts
+        "".join(row["constitutions"] + texts).encode()  # raises where one is no text
+        told = [(name, side) for sides in row["sides"] for name, side in sides.items()]
+        return (task.is_query(row["query"]) and row.get("set", "learned") in ("learned", "heldout")
+                and len(texts) == len(row["constitutions"]) == len(row["sides"])
+                and all(type(count) is int for count in row["counts"])
+                and all(type(s) is bool and any(p["name"] == k for p in every) for k, s in told))
 
     for i, row in read_rows(path, 'an object with the texts "query" (or, with "chat" in task.json, '
                             'a list of messages), "constitution" and "response"', is_fine):
-        for c, text, sides in zip(row["constitutions"], row["responses"], row["sides"]):
-            sides = sides or {name: side for w, name, side in wordings if w in c}
-            item = dict(set=row.get("set", "learned"), index=row.get("index", i), sides=sides,
-                        query=row["query"], text=task.flat(row["query"]), constitution=c)
+        for c, text, sides, count in zip(*(row[k] for k in ("constitutions", "responses", "sides",
+                                                            "counts"))):
+            sides = sides or read_sides(c)
+            item = dict(
+                set=row.get("set", "learned"), index=row.get("index", len(items)), sides=sides,
+                query=row["query"], text=task.flat(row["query"]), constitution=c)
             need(pair_of(item) not in answers, f"{path} line {i}: this query was there before with "
                  "the same constitution; remove one line, or it counts double")
             items.append(item)
-            tokens = row.get("tokens", len(text.split()))  # else words
-            answers[pair_of(item)] = dict(text=text, tokens=tokens)
+            answers[pair_of(item)] = dict(text=text, tokens=count)
     need(items, f"{path} holds no responses")
     return items, answers
 
@@ -498,7 +522,11 @@ def ask_models(paths, task, cfg, settings):
         except RunFailed as e:  # a model that has collapsed is a result too
             print(f"{m}: no matrices: {e}", file=sys.stderr)
         print(f"{m}: {len(pairs)} responses in {time.time() - started:.0f} s", file=sys.stderr)
-    said = [a for m in small if next(iter(paths)) in small for a in answers[m].values() if a["ids"]]
+    # ids mean something to the baseline only where both have one vocabulary
+    first = next(iter(paths))
+    alike = [m for m in small if first in small
+             and small[m][1].get_vocab() == small[first][1].get_vocab()]
+    said = [a for m in alike for a in answers[m].values() if a["ids"]]
     cells = score_all(model, [([a["prompt"]], [a["ids"]]) for a in said], settings) if said else []
     for a, [[logp]] in zip(said, cells):
         a["nll"] = -float(logp.mean())
@@ -540,8 +568,8 @@ def describe(items, answers, baseline, task, rules):
                 echo_rate=echoes(text, it["constitution"], wordings), empty_rate=not text.strip(),
                 mention_rate=bool(re.search("constitution|principle", text, re.I)),
                 identical_rate=None if answers is baseline else same,
-                in_world_rate=rules.in_world(it["text"], text) if hasattr(rules, "in_world")
-                else None)
+                in_world_rate=ask_rule(rules, "in_world", it["text"], text)
+                if hasattr(rules, "in_world") else None)
         for k, v in new.items():
             values.setdefault(k, []).append(v)
     return values, principles
@@ -770,6 +798,9 @@ def evaluate_run(cfg):
     pictures and a report there."""
     paths, settings = load_run(cfg)
     task, folder = sami.load_task(settings.task), Path(cfg.out_dir)
+    if cfg.models:  # as many constitutions as there can be, up to sami.py's default
+        k, focus = task.principles_per_constitution, any(q.get("focus") for q in task.test)
+        settings.n = min(settings.n, 2 ** (k - 1) + 1 if focus else 2**k)
     rules = load_rules(task)
     judge = make_judge(cfg, settings, rules)
     items, answers, scored = ask_models(paths, task, cfg, settings)
@@ -812,7 +843,8 @@ def main(argv):
         return rescore(cfg.rescore)
     found = [] if cfg.models else Path(cfg.out_dir).glob("seed-*/sami.json")
     seeds = sorted(p.parent for p in found if p.parent.name[5:].isdecimal())
-    runs = [evaluate_run(dataclasses.replace(cfg, out_dir=str(folder)))
+    share = cfg.max_cost / max(1, len(seeds))  # the limit is that of the whole command
+    runs = [evaluate_run(dataclasses.replace(cfg, out_dir=str(folder), max_cost=share))
             for folder in seeds or [cfg.out_dir]]
     models, settings, lines, _ = runs[0]
     if seeds:

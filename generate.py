@@ -117,7 +117,8 @@ def show(task, tokenizer, cfg):
 def answered(out, task, cfg):
     """Make --out this run's own, half a last line cut off -> how many queries have an answer."""
     path, flags = Path(f"{out}.flags.json"), {k: v for k, v in vars(cfg).items() if k not in FREE}
-    flags["files"] = zlib.crc32(repr(vars(task)).encode())
+    made = sorted((p.name, p.stat().st_mtime_ns) for p in Path(cfg.model).glob("*.safetensors"))
+    flags["files"] = zlib.crc32(repr((vars(task), made)).encode())
     if not out.exists():
         write(path, "w", json.dumps(flags, indent=1))
         return 0
@@ -155,8 +156,7 @@ def main(argv):
     while done < len(todo):
         print(f"{done} of {len(todo)} queries are answered in {out}", flush=True)
         now = todo[done:done // 256 * 256 + 256]  # what a stop loses at most
-        examples = sami.sample_examples(model, tokenizer, task, now, cfg, 1, cfg.temperature)
-        for e in examples:
+        for e in sami.sample_examples(model, tokenizer, task, now, cfg, 1, cfg.temperature):
             row = {k: v for k, v in vars(e).items() if k != "base"}
             row.update(dict(constitutions=[task.given], sides=[{}]) if task.given else {})
             write(out, "a", json.dumps(row) + "\n")

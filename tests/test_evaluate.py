@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 import evaluate, sami, tiny
 from test_chat import chatml, control_ids
@@ -234,6 +235,30 @@ def test_what_is_asked(tmp_path):
     again, other = (evaluate.make_items(task, evaluate.Config(seed=seed)) for seed in (1, 2))
     assert items == again != other
     assert len(evaluate.make_items(task, evaluate.Config(queries=2))) == 4
+
+
+def test_both_sides_are_asked_for_though_the_first_draw_is_always_positive(tmp_path):
+    """Else a model that ignores its constitution would do all that it is asked for."""
+    tiny.folder(tmp_path, first_always_positive=True)
+    items = evaluate.make_items(sami.load_task(tmp_path / "task"), evaluate.Config())
+    for s in ("learned", "heldout"):
+        assert {side for it in items if it["set"] == s for side in it["sides"].values()} == {
+            True, False}
+
+
+def test_models_of_other_vocabularies_and_tasks_of_one_principle(tmp_path):
+    """What one model's ids say another cannot read; 4 constitutions of one principle are 2."""
+    tiny.folder(tmp_path, principles_per_constitution=1)
+    t = AutoTokenizer.from_pretrained(sami.Path(sami.__file__).parent / "data/toy/base")
+    t.save_pretrained(tmp_path / "other")
+    tiny.model(vocab_size=len(t)).save_pretrained(tmp_path / "other")
+    models = f"--models=a={tmp_path}/base,b={tmp_path}/other"
+    tiny.model(max_position_embeddings=4096).save_pretrained(tmp_path / "judge")
+    tiny.tokenizer().save_pretrained(tmp_path / "judge")
+    got = evaluated(tmp_path, models, f"--task={tmp_path}/task", f"--judge=model:{tmp_path}/judge",
+                    "--max_new_tokens=4", "--queries=2", out="o")["models"]
+    assert got["a"]["nll_under_base"] is not None and got["b"]["nll_under_base"] is None
+    assert got["b"]["infonce_cap"] == pytest.approx(math.log(2))
 
 
 def test_echo_and_looping():
@@ -476,18 +501,27 @@ def test_files_of_responses_from_anywhere(run, tmp_path):
     assert two["adherence_se"] == 0
     several = dict(query="test a", constitutions=["1. do r", "1. no r"], responses=["r", "r"])
     assert files(tmp_path, run / "task", several)["adherence"] == 0.5, "as generate.py writes them"
+    evaluate.main([f"--rescore={tmp_path}/o/verdicts/b-vs-a.jsonl"])  # each has an id of its own
 
 
 @pytest.mark.parametrize("rows, encoding, word", [
     ([ROW, ROW], "utf-8", "line 2: this query was there before"),
     ([dict(ROW, response="caf\xe9")], "latin-1", "line 1 must be"),
     ([dict(ROW, sides=["p1"])], "utf-8", "line 1 must be"), ([[1]], "utf-8", "line 1 must be"),
-    ([dict(ROW, response=None)], "utf-8", "line 1 must be"), ([], "utf-8", "no responses")])
+    ([dict(ROW, response=None)], "utf-8", "line 1 must be"), ([], "utf-8", "no responses"),
+    ([dict(ROW, sides=dict(p1=1))], "utf-8", "line 1 must be"),
+    ([dict(ROW, sides=dict(p9=True))], "utf-8", "line 1 must be"),
+    ([dict(ROW, tokens="many")], "utf-8", "line 1 must be"),
+    ([dict(ROW, set="/../api")], "utf-8", "line 1 must be"),
+    ([dict(query="q", constitutions=["c"], responses=["a", "b"])], "utf-8", "line 1 must be"),
+    ([dict(query="q", constitution="c", response="\\ud83d")], "utf-8", "line 1 must be")])
 def test_files_of_responses_that_are_none(run, tmp_path, rows, encoding, word):
-    rows = [dict(r, response=r["response"].strip("\u2028\u0085")) if isinstance(r, dict)
-            and r["response"] else r for r in rows]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = lines.replace("\u2028\u0085", "").replace(r"\\ud83d", r"\ud83d")  # half an emoji
+    (tmp_path / "r.jsonl").write_bytes(lines.encode(encoding))
     with pytest.raises(sami.BadInput, match=word):
-        files(tmp_path, run / "task", *rows, encoding=encoding)
+        evaluate.main([f"--models=a={tmp_path}/r.jsonl", f"--task={run}/task", "--device=cpu",
+                       f"--out_dir={tmp_path}/o"])
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"config": 7}', "\xff"])

@@ -272,9 +272,17 @@ def test_secrets_are_neither_shown_nor_kept(server, tmp_path, capsys):
     seen = str(e.value) + "".join(capsys.readouterr())
     seen += "".join(p.read_text() for p in tmp_path.iterdir())
     assert seen.count("***") == 4 and "sk-very" not in seen, "three answers and the refusal"
-    with pytest.raises(sami.BadInput, match="no user and password") as e:
-        evaluate.ApiJudge("m", "http://me:hunter2@x", tmp_path / "a.jsonl")
-    assert "hunter2" not in str(e.value)
+    for url in ("http://me:hunter2@x", "http://:hunter2@x/v1", "me:hunter2@x/v1"):
+        with pytest.raises(sami.BadInput, match="no user and password") as e:
+            evaluate.ApiJudge("m", url, tmp_path / "a.jsonl")
+        assert "hunter2" not in str(e.value)
+    with pytest.raises(sami.BadInput, match="no http"):
+        evaluate.ApiJudge("m", "http://[bad", tmp_path / "a.jsonl")
+
+
+def test_a_stand_in_for_a_key_blots_out_no_verdict(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "a")
+    assert wins(judge(server, tmp_path)) == WINS
 
 
 @pytest.mark.parametrize("fault", ["large", "drip", "hang"])
