@@ -107,7 +107,8 @@ def telling(what, error=BadInput):
     except (BadInput, RunFailed):
         raise
     except Exception as e:
-        raise error(f"{what}: {' '.join(str(e).split())[:300] or repr(e)}")
+        reason = " ".join(str(e).split())[:300]
+        raise error(f"{what}: {reason}" if reason else what)
 
 
 def parse(Config, argv):
@@ -426,17 +427,20 @@ class Task:
             spec = dict(json.loads(path.read_text("utf-8")))
             spec = {**TASK_KEYS, "scoring_prompt": spec.get("sampling_prompt", ""), **spec}
             for key, value in spec.items():
-                assert key in TASK_KEYS, f"there is no key {key!r}, but {', '.join(TASK_KEYS)}"
+                need(key in TASK_KEYS, f"there is no key {key!r}, but {', '.join(TASK_KEYS)}",
+                     ValueError)
                 kind = type(TASK_KEYS[key])
                 texts = value if isinstance(value, list) else []
-                assert type(value) is kind and all(t and isinstance(t, str) for t in texts), (
-                    f"{key!r} must be a {kind.__name__}, any list one of texts, not {value!r}")
+                need(type(value) is kind and all(t and isinstance(t, str) for t in texts),
+                     f"{key!r} must be a {kind.__name__}, any list one of texts, not {value!r}",
+                     ValueError)
             for key in ("sampling_prompt", "scoring_prompt"):
                 asked = "{query}" in spec[key]  # with "chat" the query is a message of its own
-                assert "{constitution}" in spec[key] and asked is not spec["chat"], (
-                    f"{key!r} needs {{constitution}}, and {{query}} unless 'chat' is true")
-            assert spec["others"] in ("independent", "complement"), (
-                "'others' must be independent or complement")
+                need("{constitution}" in spec[key] and asked is not spec["chat"],
+                     f"{key!r} needs {{constitution}}, and {{query}} unless 'chat' is true",
+                     ValueError)
+            need(spec["others"] in ("independent", "complement"),
+                 "'others' must be independent or complement", ValueError)
         self.templates = spec.pop("sampling_prompt"), spec.pop("scoring_prompt")
         self.__dict__.update(spec, path=path, folder=path.parent)
         self.principles, self.heldout = self.read_principles(self.folder / spec["principles"])
@@ -461,9 +465,10 @@ class Task:
                 p = {"heldout": False, **p}
                 for side in ("positive", "negative"):
                     p[side] = [p[side]] if isinstance(p[side], str) else p[side]
-                assert all(t.strip() for t in [p["name"], *p["positive"], *p["negative"]])
-                assert len(p) == 4 and p["positive"] and p["negative"] and p["name"] not in found
-                assert type(p["heldout"]) is bool and not set(p["positive"]) & set(p["negative"])
+                need(all(t.strip() for t in [p["name"], *p["positive"], *p["negative"]])
+                     and len(p) == 4 and p["positive"] and p["negative"] and p["name"] not in found
+                     and type(p["heldout"]) is bool
+                     and not set(p["positive"]) & set(p["negative"]), "", ValueError)
             found[p["name"]] = p
         return [[p for p in found.values() if p["heldout"] is held] for held in (False, True)]
 
@@ -489,7 +494,7 @@ class Task:
                          "messages {role, content}, user and assistant in turn, the user first and "
                          f'last; "focus" names a principle to train on: {line[:60]!r}'):
                 row = json.loads(line)
-                assert self.is_query(row["query"]) and row.get("focus") in names
+                need(self.is_query(row["query"]) and row.get("focus") in names, "", ValueError)
             rows.append(dict(row, line=f"{path} line {i}"))
         return rows
 
@@ -641,8 +646,10 @@ def pick_device(cfg):
     """Where to run; several processes connect."""
     mps = torch.backends.mps.is_available() and WORLD == 1
     there = dict(cuda=torch.cuda.is_available(), mps=mps, cpu=True)
-    name = next(d for d in there if there[d]) if cfg.device == "auto" else cfg.device
-    need(there[name], f"--device={name}: there is none for this run; use --device=cpu")
+    best = next(d for d in there if there[d])
+    name = best if cfg.device == "auto" else cfg.device
+    need(there[name] and (WORLD == 1 or name == best),  # several share what the machine has
+         f"--device={name}: there is none for this run; use --device={best}")
     device = torch.device(name, LOCAL_RANK if name == "cuda" else 0)
     if name == "cuda":
         torch.cuda.set_device(device)
@@ -710,7 +717,7 @@ def load_model(path, device, cfg):
             output_loading_info=True, attn_implementation="eager" if capped else None,
             distributed_config=distribution(config, device, cfg) if WORLD > 1 else None)
         lost = sorted(info["missing_keys"])  # they would be random
-        assert not lost, f"{len(lost)} weights are not there, such as {lost[:1]}"
+        need(not lost, f"{len(lost)} weights are not there, such as {lost[:1]}", ValueError)
         model = model.eval() if WORLD > 1 else model.eval().to(device)  # a part is there already
     need(math.isfinite(weights_norm(model)), f"--model={path} has weights that are nan or infinite;"
          " fetch the model again", RunFailed)
@@ -834,8 +841,8 @@ def read_examples(path, tokenizer, task, cfg):
         with telling(f"{path} line {i} must hold number, query, {cfg.n} constitutions and {cfg.n} "
                      "responses; mend it, or start again without --resume"):
             e = Example(**json.loads(line))
-            assert len(e.constitutions) == len(e.responses) == cfg.n
-            assert e.dropped or e.ids is None or all(e.ids)
+            need(len(e.constitutions) == len(e.responses) == cfg.n
+                 and (e.dropped or e.ids is None or all(e.ids)), "", ValueError)
             prompts = [task.prompt(e.query, c) for c in e.constitutions]
             e.prompts = e.prompts or [encode(tokenizer, p)[0] for p in prompts]
             if e.ids is None:
@@ -1042,8 +1049,9 @@ def open_out_dir(cfg, task):
                  versions={m.__name__: m.__version__ for m in (torch, transformers, np)})
     done, log_path = 0, out_dir / "log.jsonl"
     if cfg.resume and about_path.exists():
-        before = json.loads(about_path.read_text("utf-8"))
-        was, now = (dict(a["config"], task_sha256=a["task_sha256"]) for a in (before, about))
+        with telling(f"{about_path} is not what a run wrote; start a new one without --resume"):
+            before = json.loads(about_path.read_text("utf-8"))
+            was, now = (dict(a["config"], task_sha256=a["task_sha256"]) for a in (before, about))
         other = [f"{k}={was[k]}" for k in was if k not in MAY_CHANGE and was[k] != now.get(k)]
         need(not other, f"the run in {out_dir} was begun with other flags or another task: "
              f"{', '.join(other)}; resume it with these, or start a new run without --resume")

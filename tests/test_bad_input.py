@@ -1,5 +1,5 @@
 """Bad input ends in one sentence that names the thing and the fix, exit code 2; a failure: 1."""
-import json, shutil
+import json, re, shutil
 
 import filelock
 import pytest
@@ -341,6 +341,26 @@ def test_an_out_dir_that_holds_other_things_is_left_as_it_is(space):
     for folder in (space.task, space.path / "base", space.path):  # the model's own, and above it
         space.told("--out_dir", flags=[f"--out_dir={folder}"])
     assert sorted(space.path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"config": 7, "task_sha256": ""}'])
+def test_a_sami_json_that_no_run_wrote(space, text):
+    assert tiny.command(*space.flags)[0] == 0
+    (space.out / "sami.json").write_text(text)
+    space.told(space.out / "sami.json", "start a new one", flags=["--resume"])
+
+
+def test_several_processes_take_the_gpus_where_there_are_some(monkeypatch):
+    """transformers would lay the model out over these, whatever the flag says."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sami, "WORLD", 2)
+    with pytest.raises(sami.BadInput, match="--device=cpu: .* use --device=cuda"):
+        sami.pick_device(sami.Config(device="cpu"))
+
+
+def test_checks_are_made_without_assertions_too():
+    """python -O leaves every assert out: no check of sami.py may be one."""
+    assert not re.search(r"^ *assert ", (ROOT / "sami.py").read_text(), re.M)
 
 
 def test_a_model_is_not_moved_aside_with_its_run(space):
