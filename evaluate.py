@@ -427,9 +427,12 @@ def make_judge(cfg, settings, rules):
 
 # --------------------------------------------------------------------------------------- answering
 
+SETS = "learned", "heldout", "unasked"
+
 
 def make_items(task, cfg):
-    """All that is to be answered -> dicts: set, index, query, text, constitution, sides."""
+    """All that is to be answered -> dicts: set, index, query, text, constitution, sides. In the set
+    `unasked` the constitution is empty."""
     items = []
     for i, q in enumerate(task.test[:cfg.queries or None]):
         rng = np.random.default_rng((cfg.seed, 0, i, 10))
@@ -438,6 +441,8 @@ def make_items(task, cfg):
         drawn = dict(learned=task.draw(rng, k, q.get("focus"))[i % k])
         if len(task.heldout) >= task.principles_per_constitution:
             drawn["heldout"] = task.draw(rng, k, heldout=True)[i % k]
+        if cfg.unasked:  # what is followed then is followed by chance
+            drawn["unasked"] = dataclasses.replace(drawn["learned"], texts=())
         items += [dict(set=s, index=i, query=q["query"], text=task.flat(q["query"]),
                        constitution=str(c), sides=dict(zip(c.names, c.sides)))
                   for s, c in drawn.items()]
@@ -470,7 +475,7 @@ def read_responses(path, task):
         row["counts"] = [row["tokens"]] * len(texts) if "tokens" in row else counts
         "".join(row["constitutions"] + texts).encode()  # raises where one is no text
         told = [(name, side) for sides in row["sides"] for name, side in sides.items()]
-        return (task.is_query(row["query"]) and row.get("set", "learned") in ("learned", "heldout")
+        return (task.is_query(row["query"]) and row.get("set", "learned") in SETS
                 and len(texts) == len(row["constitutions"]) == len(row["sides"])
                 and all(type(count) is int for count in row["counts"])
                 and all(type(s) is bool and any(p["name"] == k for p in every) for k, s in told))
@@ -554,15 +559,19 @@ def describe(items, answers, baseline, task, rules):
     for it in items:
         a, text = answers[pair_of(it)], answers[pair_of(it)]["text"]
         took = follows(rules, it, text) if rules else {}
-        tail = "" if it["set"] == "learned" else "_heldout"
+        tail = "" if it["set"] == "learned" else f"_{it['set']}"
         new = {f"adherence{tail}": list(took.values()),
                f"adherence{tail}_positive": [took[p] for p in took if it["sides"][p]],
                f"adherence{tail}_negative": [took[p] for p in took if not it["sides"][p]]}
         new = {k: float(np.mean(v)) if v else None for k, v in new.items()}
-        for p in took:
+        for p in took if it["constitution"] else ():
             principles.setdefault(p, []).append(took[p])
-        if not tail:
-            same = text == baseline[pair_of(it)]["text"]
+        same = text == baseline[pair_of(it)]["text"]
+        if it["set"] == "unasked":
+            new = dict(adherence_unasked=new["adherence_unasked"], tokens_unasked=a["tokens"],
+                       nll_unasked=a.get("nll"),
+                       identical_unasked=None if answers is baseline else same)
+        elif not tail:
             new.update(
                 tokens_mean=a["tokens"], nll_under_base=a.get("nll"), looping_rate=loops(text),
                 echo_rate=echoes(text, it["constitution"], wordings), empty_rate=not text.strip(),
@@ -598,7 +607,7 @@ def judge_all(models, items, answers, judge, folder):
     answers could not be read, and how many there were."""
     base, *others = models
     listed = [(m, it, answers[base][pair_of(it)], answers[m][pair_of(it)])
-              for m in others for it in items]
+              for m in others for it in items if it["set"] != "unasked"]
     # one call for everything, so that the whole price is known before anything is paid
     judged = compare(judge, [(it, old["text"], new["text"]) for _, it, old, new in listed])
     rows, unread, total = {}, 0, 0
@@ -632,7 +641,10 @@ ROWS = dict(  # results.json key: what a reader sees
     col_accuracy="column accuracy", row_accuracy="row accuracy", tokens_mean="tokens",
     nll_under_base="nll under base (nats/token)", echo_rate="echo", mention_rate="mention",
     identical_rate="identical to base", looping_rate="looping", empty_rate="empty",
-    in_world_rate="well-formed answers")
+    in_world_rate="well-formed answers",
+    adherence_unasked="without constitution: adherence", tokens_unasked="  tokens",
+    nll_unasked="  nll under base", identical_unasked="  identical to base")
+GAINS = "adherence adherence_positive adherence_negative adherence_heldout nll_under_base".split()
 
 
 def table(models, style):
@@ -645,13 +657,14 @@ def table(models, style):
         return "\n".join(",".join("" if v is None else str(v) for v in line) for line in lines)
 
     def cell(m, k):
-        value, se, digits = m.get(k), m.get(f"{k}_se"), dict(tokens_mean=1, unread=0).get(k, 3)
+        value, se = m.get(k), m.get(f"{k}_se")
+        digits = dict(tokens_mean=1, tokens_unasked=1, unread=0).get(k, 3)
         error = "" if se is None else f" ± {se:.{digits}f}"
         return "-" if value is None else f"{value:.{digits}f}{error}"
 
     lines = [["", *models]] + [[ROWS[k], *(cell(m, k) for m in models.values())] for k in keys]
     if style == "table":
-        return "\n".join(f"{name:29}" + "".join(f"{text[:17]:>18}" for text in cells)
+        return "\n".join(f"{name:33}" + "".join(f"{text[:17]:>18}" for text in cells)
                          for name, *cells in lines)
     lines.insert(1, ["---"] + ["---:"] * len(models))
     return "\n".join(f"| {' | '.join(map(str.strip, line))} |" for line in lines)
@@ -683,28 +696,28 @@ def draw_matrix(plt, scored, reduce):
 
 def draw_curves(plt, models, heldout):
     """Adherence per principle, first and last model, with 95 % intervals, those held out apart."""
-    ends, colors = (next(iter(models)), list(models)[-1]), ("#0072B2", "#D55E00")
+    ends = next(iter(models)), list(models)[-1]
     every = models[ends[-1]]["principles"]
     parts = {"learned principles": [p for p in every if p not in heldout],
-             "held-out principles": [p for p in every if p in heldout]}
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained",
-                                width_ratios=[max(len(part), 1) for part in parts.values()])
-    for ax, (title, part) in zip(axes, parts.items()):
-        for k, (name, color, marker) in enumerate(zip(ends, colors, "os")):
-            for i, (mean, error) in enumerate(models[name]["principles"][p] for p in part):
-                ax.errorbar(i + 0.2 * k - 0.1, mean, 1.96 * (error or 0), color=color, capsize=3,
-                            marker=marker, label=None if i else name)
-        ax.set_xticks(range(len(part)), part)
-        ax.set(title=title, ylim=(-0.03, 1.03), xlim=(-0.5, max(len(part), 1) - 0.5))
-        ax.tick_params(axis="x", rotation=35)
+             "held out": [p for p in every if p in heldout]}
+    parts = {title: part for title, part in parts.items() if part}
+    figure, axes = plt.subplots(1, len(parts), figsize=(11, 4.4), sharey=True, squeeze=False,
+                                layout="constrained", width_ratios=list(map(len, parts.values())))
+    for ax, (title, part) in zip(axes[0], parts.items()):
+        for name, color, shift in zip(ends, ("#9ecae1", "#D55E00"), (-0.2, 0.2)):
+            means, errors = zip(*(models[name]["principles"][p] for p in part))
+            ax.bar(np.arange(len(part)) + shift, means, 0.38, color=color, label=name, capsize=2,
+                   yerr=[1.96 * (error or 0) for error in errors])
+        ax.set_xticks(range(len(part)), part, rotation=35)
+        ax.set(title=title, ylim=(0, 1.03))
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("share of responses that take\nthe side asked for")
-    axes[0].legend(frameon=False)
+    axes[0, 0].set_ylabel("share of responses that take\nthe side asked for")
+    axes[0, 0].legend(frameon=False)
     return figure
 
 
 def write_report(folder, models, cfg, settings, gains=(), scored=(), heldout=(), samples=()):
-    """results.json, two pictures, report.md -> lines to print. gains: (model, paired interval)."""
+    """results.json, two pictures, report.md -> lines to print. gains: (model, row, paired interval)."""
     results = dict(task=settings.task, judge=cfg.judge, models=models)
     write(folder / "results.json", json.dumps(results, indent=1))
     first, last, figures = next(iter(models)), list(models)[-1], {}
@@ -722,8 +735,8 @@ def write_report(folder, models, cfg, settings, gains=(), scored=(), heldout=(),
         figure.savefig(folder / f"{name}.tmp", format="png", dpi=120)
         (folder / f"{name}.tmp").replace(folder / name)
         plt.close(figure)
-    notes = [f"adherence of {name} less that of {first}: {d['mean']:+.3f}, 95 % interval "
-             f"{d['low']:+.3f} to {d['high']:+.3f}" for name, d in gains if d]
+    notes = [f"{name} less {first}, {row}: {d['mean']:+.3f}, 95 % interval {d['low']:+.3f} to "
+             f"{d['high']:+.3f}" for name, row, d in gains if d]
     notes += [f"{name}: {m['unread']} answers of the judge could not be read; they count as ties"
               for name, m in models.items() if m.get("unread")]
     lines = [f"# What {last} learned on {settings.task}", "", f"Judge: {cfg.judge}. Baseline: "
@@ -749,6 +762,7 @@ class Config:
                        "of responses, .jsonl")
     queries: int = flag(200, "test queries to answer; 0 = all", low=0)
     temperature: float = flag(0.0, "of the answers; 0 = greedy", low=0)
+    unasked: bool = flag(False, "answer without any constitution too: what else has changed?")
     judge: str = flag("rules", "rules (rules.py of the task), model:<folder or hub name> or "
                       "api:<model name>")
     judge_url: str = flag("https://api.openai.com/v1", "server of an api judge")
@@ -817,8 +831,8 @@ def evaluate_run(cfg):
         models[name]["principles"] = {p: mean_se(found) for p, found in principles.items()}
         models[name].update(scored[name][0] if name in scored else {})
     unread, asked = judge_all(models, items, answers, judge, folder)
-    gains = [(name, bootstrap(values[name].get("adherence", []), values[first].get("adherence", []),
-                              cfg.seed)) for name in paths if name != first]
+    gains = [(name, ROWS[k].strip(), bootstrap(values[name][k], values[first][k], cfg.seed))
+             for name in paths if name != first for k in GAINS if k in values[first]]
     learned = [it for it in items if it["set"] == "learned"]
     samples = [(*pair_of(it), *(answers[name][pair_of(it)]["text"] for name in (first, last)))
                for it in learned[::max(1, len(learned) // 10)][:10]]

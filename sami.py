@@ -65,6 +65,7 @@ class Config:
     batch_size: int = flag(16, "queries a step, over all processes", low=1)
     n: int = flag(4, "constitutions per query, one response each", low=2)
     lr: float = flag(1e-4, "learning rate", low=0)
+    warmup: int = flag(0, "steps of an iteration before the learning rate is that", low=0)
     optimizer: str = flag("adamw", "rmsprop takes half the memory", "adamw", "rmsprop")
     grad_clip: float = flag(1.0, "largest gradient norm; 0 = no clipping", low=0)
     beta: float = flag(0.1, "weight of the KL to the base; 0 = none, as in the paper", low=0)
@@ -920,7 +921,7 @@ def objective(example, cells, cfg):
 
 def learning_rate(step, steps, cfg):
     """The learning rate of step 0 ... steps - 1 of an iteration."""
-    return cfg.lr
+    return cfg.lr * min(1, (step + 1) / (cfg.warmup + 1))
 
 
 def train(model, examples, steps, iteration, cfg):
@@ -1024,9 +1025,16 @@ def log(row):
 
 
 def measure(model, tokenizer, task, iteration, cfg):
+    """Log what held-out queries tell; of the base also whether there is anything to amplify."""
     if cfg.eval_queries:
         means, _ = heldout_information(model, tokenizer, task, cfg)
         record(cfg, dict(iteration=iteration, **means))
+        told, error = means["infonce"], means["infonce_se"]
+        hint = ", too little: let the prompt show worked examples, choose other principles, a " \
+               "larger model" if told < 3 * error else ""
+        if iteration == 0:
+            print(f"there to amplify: {told:.2f} ± {error:.2f} of {math.log(cfg.n):.2f} nats that "
+                  f"the base's responses tell of their constitution{hint}", flush=True)
 
 
 MAY_CHANGE = "resume out_dir parallel checkpointing device sample_batch tokens_per_pass".split()

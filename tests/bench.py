@@ -10,8 +10,10 @@ Baselines, written here and independently of sami.py: (a) the authors' way, n x 
 on the right, all logits, log_softmax over everything; (b) n x n sequences with logits at response
 positions only; (c) Hugging Face generate().
 """
+import contextlib
 import dataclasses
 import gc
+import io
 import json
 import os
 import statistics
@@ -162,6 +164,102 @@ SAMPLERS = {
 }
 
 
+# ------------------------------------------------------------------------------- a whole iteration
+
+# name: queries, n, tokens of a prompt, tokens of a response
+ITERATIONS = {"45 + 48 tokens, n=2": (16, 2, 45, 48), "45 + 48 tokens, n=4": (8, 4, 45, 48),
+              "400 + 80 tokens, n=2": (8, 2, 400, 80)}
+ONE = dict(lr=1e-4, beta=0.1, temperature=0.0, dtype="float32", tokens_per_pass=4096)
+
+
+def chat_model():
+    """A random Llama of the shape of SmolLM2-135M."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=49_152, hidden_size=576, intermediate_size=1536,
+                         num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+                         max_position_embeddings=8192, tie_word_embeddings=True)
+    return LlamaForCausalLM(config).eval().to(DEVICE)
+
+
+class Plain:
+    """An iteration as most would write it: generate() in batches, then n x n full sequences."""
+
+    def sample(model, prompts, n, new):
+        flat = torch.tensor([p for ps in prompts for p in ps], device=DEVICE)
+        with torch.no_grad():
+            out = torch.cat([model.generate(
+                part, attention_mask=torch.ones_like(part), max_new_tokens=new, do_sample=False,
+                pad_token_id=0, eos_token_id=None) for part in flat.split(64)])
+        ids = out[:, flat.shape[1]:].tolist()
+        return [ids[k:k + n] for k in range(0, len(ids), n)]
+
+    def score(model, prompts, responses):
+        """(n * n, length) log-probs of one query's responses under each of its prompts."""
+        rows = torch.tensor([p + y for p in prompts for y in responses], device=DEVICE)
+        logp = model(rows, use_cache=False).logits.float().log_softmax(-1)
+        token = logp[:, :-1].gather(2, rows[:, 1:, None])[..., 0]
+        return token[:, len(prompts[0]) - 1:]
+
+    def base(model, prompts, responses, cfg):
+        with torch.no_grad():
+            return [Plain.score(model, p, y) for p, y in zip(prompts, responses)]
+
+    def update(model, prompts, responses, base, cfg):
+        optimizer, total = torch.optim.AdamW(model.parameters(), lr=cfg.lr, foreach=False), 0
+        target = torch.arange(cfg.n, device=DEVICE)
+        for p, y, old in zip(prompts, responses, base):
+            logp = Plain.score(model, p, y)
+            m, r = logp.mean(1).view(cfg.n, cfg.n), old - logp
+            ce = torch.nn.functional.cross_entropy
+            loss = (ce(m, target) + ce(m.T, target)) / 2 + cfg.beta * (r.exp() - 1 - r).mean()
+            (loss / len(prompts)).backward()
+            total += loss.item() / len(prompts)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip, foreach=False)
+        optimizer.step()
+        return total
+
+
+class Ours:
+    def sample(model, prompts, n, new):
+        ids = sami.sample(model, [p for ps in prompts for p in ps], max_new_tokens=new,
+                          temperature=0, eos_ids=[], seed=1)
+        return [ids[k:k + n] for k in range(0, len(ids), n)]
+
+    def base(model, prompts, responses, cfg):
+        examples = [sami.Example(i, "", [], [], prompts=p, ids=y)
+                    for i, (p, y) in enumerate(zip(prompts, responses))]
+        sami.add_base_logps(model, examples, cfg)
+        return examples
+
+    def update(model, prompts, responses, examples, cfg):
+        with tempfile.TemporaryDirectory() as out_dir:
+            sami.train(model, examples, 1, 1, dataclasses.replace(cfg, out_dir=out_dir))
+            return json.loads((Path(out_dir) / "log.jsonl").read_text())["loss"]
+
+
+def iteration(way, model, prompts, new, cfg):
+    """-> seconds of sampling, the base's pass, the update; the loss. The model is as it was."""
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    started = time.perf_counter()
+    responses = way.sample(model, prompts, cfg.n, new)
+    sampled = time.perf_counter()
+    base = way.base(model, prompts, responses, cfg)
+    scored = time.perf_counter()
+    loss = way.update(model, prompts, responses, base, cfg)
+    done = time.perf_counter()
+    model.load_state_dict(weights), model.zero_grad()
+    return [sampled - started, scored - sampled, done - scored, done - started], loss
+
+
+def iteration_limit(model, n, prompt, response):
+    """Of scoring and update by counting weights times tokens: what of the body's and of the head's
+    work sharing a prompt leaves over."""
+    head = model.lm_head.weight.numel()
+    body = sum(p.numel() for p in model.parameters()) - head
+    plain = (body + head) * n**2 * (prompt + response)
+    return plain / (body * n * (prompt + n * response) + head * n**2 * response)
+
+
 # --------------------------------------------------------------------------------- plan.py, held to
 
 PLAN = dict(batch_size=8, n=2, tokens_per_pass=4096, beta=0.0, lr=1e-4, dtype="float32")
@@ -249,7 +347,7 @@ def main(argv):
     cfg = sami.parse(Config, argv)
     if cfg.peak:
         return print_peak(cfg.peak)
-    rows = []
+    rows, rounds = [], cfg.rounds
 
     def row(name, value, goal, unit="x"):
         rows.append(dict(name=name, value=value, goal=goal, unit=unit))
@@ -260,8 +358,8 @@ def main(argv):
           f"medians of {cfg.rounds} rounds")
     for n, goal_a, goal_b in ((2, 2.5, 1.5), (4, 5, 2.6), (8, 7, 4.5)):
         if wanted("matrix"):
-            rounds = cfg.rounds if n < 8 else max(1, cfg.rounds // 2)
-            s = in_turn({k: matrix_step(k, n) for k in MATRIX}, rounds)
+            times = rounds if n < 8 else max(1, rounds // 2)
+            s = in_turn({k: matrix_step(k, n) for k in MATRIX}, times)
             row(f"matrix n={n}: speed against (a) all logits", s["a"] / s["ours"], f">= {goal_a}")
             row(f"matrix n={n}: speed against (b) response logits", s["b"] / s["ours"],
                 f">= {goal_b}")
@@ -272,7 +370,7 @@ def main(argv):
     if wanted("head"):
         known = hasattr(torch.nn.functional, "linear_cross_entropy")
         kinds = [k for k in HEAD if k != "torch" or known]
-        s = in_turn({k: head_step(k) for k in kinds}, cfg.rounds)
+        s = in_turn({k: head_step(k) for k in kinds}, rounds)
         p = {k: peak(f"head:{k}") for k in kinds}
         ours, reference = head_step("ours")(), head_step("reference")()
         row("head: time against log_softmax + gather", s["ours"] / s["reference"], "<= 1")
@@ -285,11 +383,28 @@ def main(argv):
     for (name, setting), goal in zip(SAMPLERS.items(), (1.0, 1.25, 1.7, 1.25)):
         if wanted("sampler"):
             tokens = {k: sampling(k, **setting)() for k in ("ours", "generate")}
-            s = in_turn({k: sampling(k, **setting) for k in tokens}, cfg.rounds)
+            s = in_turn({k: sampling(k, **setting) for k in tokens}, rounds)
             speed = {k: tokens[k] / s[k] for k in s}
             row(f"sampler, {name}: tokens/s against generate()",
                 speed["ours"] / speed["generate"], f">= {goal}")
             row(f"sampler, {name}: tokens/s", speed["ours"], "none", "/s")
+    for name, (queries, n, prompt, new) in ITERATIONS.items() if wanted("iteration") else ():
+        model, how = chat_model(), sami.Config(**ONE, n=n, batch_size=queries)
+        model.shares_prompts = sami.can_share(model, [[1, 2]], [[[3, 4], [5]]])
+        ids = iter(random_ids(queries * n, prompt, 49_152))
+        prompts = [[next(ids) for _ in range(n)] for _ in range(queries)]
+        with contextlib.redirect_stdout(io.StringIO()):
+            ran = [[iteration(way, model, prompts, new, how) for way in (Ours, Plain)]
+                   for _ in range(min(3, rounds))]
+        losses = [loss for both in ran for _, loss in both]
+        row(f"iteration, {name}: largest difference of a loss", max(losses) - min(losses),
+            "<= 1e-4", "nat")
+        limits = 1.0, *[iteration_limit(model, n, prompt, new)] * 2
+        for k, part in enumerate(("sampling", "base's pass", "update", "all")):
+            ours, plain = (statistics.median(both[way][0][k] for both in ran) for way in (0, 1))
+            limit = f"{0.9 * limits[k]:.2f}" if k < 3 else "none"
+            row(f"iteration, {name}: {part}, plain way", plain, "none", "s")
+            row(f"iteration, {name}: {part}, speed against it", plain / ours, f">= {limit}")
     for which in ("plain", "checkpointing") if wanted("plan") else ():
         measured = peak(f"plan:{which}")
         row(f"plan, {which}: planned against measured peak memory", planned(which) / measured,

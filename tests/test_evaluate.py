@@ -348,6 +348,30 @@ def test_fluency_is_the_base_models_surprise(run):
     assert got == pytest.approx(np.mean(values), abs=1e-4)
 
 
+def test_what_else_has_changed_shows_without_any_constitution(run):
+    """The same queries behind an empty constitution; what is followed then is followed by chance,
+    and neither judged nor drawn."""
+    got = evaluated(run, "--unasked", out="out")["models"]
+    rows = [json.loads(line) for line in open(run / "out/responses/iteration-1.jsonl")]
+    assert len([r for r in rows if r["set"] == "unasked"]) == len(rows) / 3 == 6
+    said = {(r["index"], r["set"]): r for r in rows}
+    task, tokenizer = sami.load_task(run / "task"), tiny.tokenizer()
+    net = sami.load_model(run / "out/iteration-1", torch.device("cpu"), sami.Config())
+    for i, q in enumerate(task.test):
+        r = said[i, "unasked"]
+        assert r["constitution"] == "" and r["sides"] == said[i, "learned"]["sides"]
+        prompt = tokenizer(f"\nQ: {q['query']}\nA:").input_ids
+        [ids] = sami.sample(net, [prompt], max_new_tokens=8, temperature=0, eos_ids=[0], seed=1)
+        assert r["response"] == tokenizer.decode(ids).split("\n")[0].replace("<eos>", "").strip()
+    base, last = got.values()
+    assert base["identical_unasked"] is None and 0 <= last["identical_unasked"] <= 1
+    for key in ("tokens_unasked", "nll_unasked", "adherence_unasked"):
+        assert math.isfinite(last[key]) and math.isfinite(last[f"{key}_se"])
+    verdicts = (run / "out/verdicts/iteration-1-vs-base.jsonl").read_text().splitlines()
+    assert len(verdicts) == 6
+    evaluated(run)  # leaves what the other lessons look at
+
+
 def test_a_model_against_itself_is_even(run):
     flags = f"--models=a={run}/base,b={run}/base", f"--task={run}/task"
     got = evaluated(run, *flags, out="same")["models"]["b"]

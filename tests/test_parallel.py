@@ -1,5 +1,6 @@
 """Two and four processes do what one does: same samples, same weights, however a model is cut."""
-import itertools, json, os, subprocess, sys
+import json, os, shlex, subprocess, sys, tempfile
+from pathlib import Path
 
 import pytest
 import safetensors
@@ -62,20 +63,27 @@ def build(name):
     return model
 
 
-def launch(processes, *arguments, **how):
-    """torchrun on this machine. Behind -- it does not take --n=2 for a flag of its own."""
+def torchrun(processes, *arguments):
+    """The command. Behind -- torchrun does not take --n=2 for a flag of its own."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone",
+            f"--nproc_per_node={processes}", "--", *arguments]
+
+
+def environment():
     here = os.path.dirname(__file__)
-    env = dict(os.environ, OMP_NUM_THREADS="1",
-               PYTHONPATH=os.pathsep.join([os.path.dirname(here), here]))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                f"--nproc_per_node={processes}", "--"]
-    return subprocess.run([*torchrun, *arguments], env=env, capture_output=True, text=True, **how)
+    return dict(os.environ, OMP_NUM_THREADS="1",
+                PYTHONPATH=os.pathsep.join([os.path.dirname(here), here]))
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    """All cases on 2 and on 4 processes -> the folder with what they left."""
-    root = tmp_path_factory.mktemp("parallel")
+def launch(processes, *arguments, **how):
+    return subprocess.run(torchrun(processes, *arguments), env=environment(), capture_output=True,
+                          text=True, **how)
+
+
+def start():
+    """Begin all cases on 2, then on 4 processes, beside what else pytest runs (conftest.py) -> the
+    process at work, the folder with what it leaves."""
+    root = Path(tempfile.mkdtemp())
     tiny.folder(root)
     for name in MODELS:
         build(name).save_pretrained(root / name), tiny.tokenizer().save_pretrained(root / name)
@@ -90,11 +98,21 @@ def ran(tmp_path_factory):
     (root / "mistied/config.json").write_text(json.dumps(config))
     parallel_worker.case(root / "llama", root / "given")  # in bfloat16 other tokens win near ties
     (root / "given-run/samples/iteration-1.jsonl").rename(root / "given.jsonl")
+    commands = []
     for processes in (2, 4):
         names = list(LOADING)[:4 // processes]  # first, while nothing else has been in memory
         names += [name for name, count in RUNS if count == processes]
-        done = launch(processes, WORKER, str(root), *names, timeout=400)
-        assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+        commands.append(shlex.join(torchrun(processes, WORKER, str(root), *names)))
+    with open(root / "output", "w") as output:
+        process = subprocess.Popen(["sh", "-c", " && ".join(commands)], stdout=output,
+                                   stderr=output, env=environment(), start_new_session=True)
+    return process, root
+
+
+@pytest.fixture(scope="module")
+def ran(request):
+    process, root = request.config.parallel
+    assert process.wait(600) == 0, (root / "output").read_text()[-8000:]
     return root
 
 

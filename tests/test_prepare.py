@@ -20,7 +20,7 @@ DATA = Path(__file__).resolve().parents[1] / "data"
 
 @pytest.fixture
 def data(tmp_path):
-    for task in ("hh", "tldr", "principles"):
+    for task in ("hh", "tldr", "principles", "manners"):
         ignored = shutil.ignore_patterns("download", "official", "__pycache__")
         shutil.copytree(DATA / task, tmp_path / "data" / task, ignore=ignored)
     for task in ("hh", "tldr"):
@@ -82,6 +82,28 @@ def test_hh_takes_first_turns_once_and_in_turn(data, tmp_path):
     assert "1 left out of train" in out
 
 
+def test_manners_takes_short_first_turns_of_one_line(data, tmp_path):
+    train = [f"How do I do thing {i}?" for i in range(1010)]
+    train[3:3] = ["Why?", "What is\nthis long?", "x" * 91, "how do i do thing 0?", "Held out, is it?"]
+    test = ["held out,  is it?", *(f"Is it test number {i}?" for i in range(260))]
+    sources = ",".join([
+        put(tmp_path / "helpful-train.jsonl.gz", map(dialogue, train), pack=True),
+        put(tmp_path / "helpful-base" / "test.jsonl", map(dialogue, test)),
+        put(tmp_path / "harmless-test.jsonl", map(dialogue, ["What is so bad?", "No", *test]))])
+    code, out = prepare(data, "manners", f"--source={sources}")
+    assert code == 0, out
+    # a test query counts as another one in another case or spacing
+    assert queries(data / "manners/train.jsonl") == [f"How do I do thing {i}?" for i in range(1000)]
+    assert queries(data / "manners/test.jsonl") == test[:250]
+    others = queries(data / "manners/harmless.jsonl")
+    assert others == ["What is so bad?", *test[250:]]
+    before = (data / "manners/train.jsonl").read_bytes()
+    put(tmp_path / "neither.jsonl", map(dialogue, train))
+    code, out = prepare(data, "manners", f"--source={tmp_path}/neither.jsonl")
+    assert code == 2 and "helpful or harmless" in out
+    assert (data / "manners/train.jsonl").read_bytes() == before
+
+
 def test_tldr_keeps_each_post_id_once(data, tmp_path):
     rows = [comparison(1, "one"), comparison(1, "one"), comparison(2, "two "),
             comparison(3, "three", "valid1"), comparison(4, "four", "valid2"),
@@ -102,7 +124,7 @@ def test_a_side_without_a_source_keeps_its_queries(data, tmp_path):
 
 
 def test_the_queries_that_are_shipped_never_overlap():
-    for task in ("hh", "tldr"):
+    for task in ("hh", "tldr", "manners"):
         train, test = (queries(DATA / task / f"{name}.jsonl") for name in ("train", "test"))
         assert len(train) >= 16 and len(test) >= 8 and not set(train) & set(test)
     for line in (DATA / "hh" / "train.jsonl").read_text().splitlines():

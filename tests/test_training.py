@@ -314,6 +314,29 @@ def test_the_learning_rate_of_each_step(examples, monkeypatch):
     assert moved(examples, lr=4e-3) > 3.9 * quarter
 
 
+def test_the_learning_rate_may_rise_first():
+    cfg = sami.Config(lr=0.4, warmup=3)
+    assert [sami.learning_rate(k, 6, cfg) for k in range(6)] == pytest.approx(
+        [0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    assert sami.learning_rate(0, 6, sami.Config(lr=0.4)) == 0.4
+
+
+@pytest.mark.parametrize("infonce, error, too_little", [
+    (0.48, 0.05, False), (0.09, 0.04, True), (-0.1, 0.02, True), (0.104, 0.026, False)])
+def test_whether_there_is_anything_to_amplify(infonce, error, too_little, monkeypatch, capsys):
+    """Told of the base alone; standard errors decide, as the figure of a model that learned in spite
+    of few nats does."""
+    means = dict(infonce=infonce, infonce_se=error, infonce_cap=0.69)
+    monkeypatch.setattr(sami, "heldout_information", lambda *args: (means, []))
+    monkeypatch.setattr(sami, "record", lambda cfg, row: None)
+    sami.measure(None, None, None, 0, sami.Config(n=2))
+    out = capsys.readouterr().out
+    assert f"there to amplify: {infonce:.2f} ± {error:.2f} of 0.69 nats" in out
+    assert ("too little" in out) is too_little
+    sami.measure(None, None, None, 1, sami.Config(n=2))
+    assert not capsys.readouterr().out
+
+
 def test_gradient_clipping(examples, monkeypatch):
     """The optimizer sees at most this norm, by default 1; the log holds what it was before."""
     seen = []

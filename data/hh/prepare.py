@@ -14,14 +14,13 @@ so the first 500 test queries are 250 of each, and each half of train.jsonl is m
 has run, both files hold a few invented requests.
 """
 import itertools
-import re
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tldr"))
-from sources import (BadInput, constants, download, main, read_rows, same, side, write_official,
-                     write_queries)
+from sources import (BadInput, constants, download, first_turn, main, read_rows, same, side,
+                     write_official, write_queries)
 
 URL = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main"
 FILES = {
@@ -38,17 +37,6 @@ FILES = {
 AUTHORS = ("https://raw.githubusercontent.com/janphilippfranken/typo/"
            "41854deef934c3c8a2d0de2d28de60e3acc7239c/experiments/hh-rlhf")
 SHA256 = "2abacfa98b7092e30d823bccf65a69d21f0ffa46ad50904f2b9ea5b0b92ba14e"
-
-
-def first_turn(place, row):
-    """What the human says first in a dialogue; a plain string is taken to be just that."""
-    if isinstance(row, str):
-        return row.strip()
-    text = row.get("chosen") if isinstance(row, dict) else None
-    if not isinstance(text, str) or not text.startswith("\n\nHuman:"):
-        raise BadInput(f'{place} has no "chosen" dialogue that begins with a blank line and '
-                       '"Human:"; give files of helpful-base and harmless-base')
-    return re.split(r"\n\n(?:Human|Assistant):", text)[1].strip()
 
 
 def make(sources, mirror):

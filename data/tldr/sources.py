@@ -1,4 +1,4 @@
-"""What the prepare.py of tldr, hh and principles share:
+"""What the prepare.py of tldr, hh, manners and principles share:
 download, read the usual formats, write the query files."""
 import argparse
 import ast
@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import shutil
 import sys
 import urllib.request
@@ -83,6 +84,17 @@ def read_rows(path):
         raise BadInput(f"{path} is empty; remove it and download it again")
 
 
+def first_turn(place, row):
+    """What the human says first in a dialogue; a plain string is taken to be just that."""
+    if isinstance(row, str):
+        return row.strip()
+    text = row.get("chosen") if isinstance(row, dict) else None
+    if not isinstance(text, str) or not text.startswith("\n\nHuman:"):
+        raise BadInput(f'{place} has no "chosen" dialogue that begins with a blank line and '
+                       '"Human:"; give files of helpful-base and harmless-base')
+    return re.split(r"\n\n(?:Human|Assistant):", text)[1].strip()
+
+
 def side(name):
     """Which of the two query files a split or a file of this name feeds."""
     return "test" if "train" not in name and ("test" in name or "valid" in name) else "train"
@@ -136,22 +148,23 @@ def write_official(folder, own, principles, **prompts):
     print(f"wrote {folder / own.name} with {len(principles)} principles")
 
 
-def main(doc, make, official):
+def main(doc, make, official=None):
     """The flags and exit codes of every prepare.py: 0 done, 1 download failed, 2 wrong input."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     parser.add_argument(
         "--source", default="",
         help="local files to take instead of downloading, with commas between")
-    parser.add_argument(
-        "--official", action="store_true",
-        help="fetch the authors' prompts and principles instead")
+    if official:
+        parser.add_argument(
+            "--official", action="store_true",
+            help="fetch the authors' prompts and principles instead")
     parser.add_argument(
         "--base_url", default="",
         help="download the same names from here (checksums are only printed)")
     args = parser.parse_args()
     try:
-        if not args.official:
+        if not getattr(args, "official", False):
             return make([Path(p) for p in args.source.split(",") if p], args.base_url)
         try:
             official(args.base_url)
