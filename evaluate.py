@@ -717,7 +717,7 @@ def draw_curves(plt, models, heldout):
 
 
 def write_report(folder, models, cfg, settings, gains=(), scored=(), heldout=(), samples=()):
-    """results.json, two pictures, report.md -> lines to print. gains: (model, row, paired interval)."""
+    """results.json, two pictures, report.md -> lines to print. gains: (model, row, interval)."""
     results = dict(task=settings.task, judge=cfg.judge, models=models)
     write(folder / "results.json", json.dumps(results, indent=1))
     first, last, figures = next(iter(models)), list(models)[-1], {}

@@ -84,7 +84,8 @@ def test_hh_takes_first_turns_once_and_in_turn(data, tmp_path):
 
 def test_manners_takes_short_first_turns_of_one_line(data, tmp_path):
     train = [f"How do I do thing {i}?" for i in range(1010)]
-    train[3:3] = ["Why?", "What is\nthis long?", "x" * 91, "how do i do thing 0?", "Held out, is it?"]
+    train[3:3] = ["Why?", "What is\nthis long?", "x" * 91, "how do i do thing 0?",
+                  "Held out, is it?"]
     test = ["held out,  is it?", *(f"Is it test number {i}?" for i in range(260))]
     sources = ",".join([
         put(tmp_path / "helpful-train.jsonl.gz", map(dialogue, train), pack=True),

@@ -324,8 +324,7 @@ def test_the_learning_rate_may_rise_first():
 @pytest.mark.parametrize("infonce, error, too_little", [
     (0.48, 0.05, False), (0.09, 0.04, True), (-0.1, 0.02, True), (0.104, 0.026, False)])
 def test_whether_there_is_anything_to_amplify(infonce, error, too_little, monkeypatch, capsys):
-    """Told of the base alone; standard errors decide, as the figure of a model that learned in spite
-    of few nats does."""
+    """Told of the base alone; standard errors decide: the toy learns although it has few nats."""
     means = dict(infonce=infonce, infonce_se=error, infonce_cap=0.69)
     monkeypatch.setattr(sami, "heldout_information", lambda *args: (means, []))
     monkeypatch.setattr(sami, "record", lambda cfg, row: None)

@@ -19,12 +19,12 @@ FREQUENT = dict(  # the words that a text of a language can hardly do without
            "pas mais ou au sont plus c'est d'un d'une l'eau",
     portuguese="o a os as de que e em um uma é para com por se não da do você na no mais seu sua "
                "como dos das são mas ou ao pode",
-    dutch="de het een en van is in dat te je op voor met zijn niet die ik kan kunt om aan u of naar "
-          "maar er wat als ze deze",
+    dutch="de het een en van is in dat te je op voor met zijn niet die ik kan kunt om aan u of "
+          "naar maar er wat als ze deze",
     german="der die das und ist ein eine zu sie mit für nicht den von es ich können auf im in dem "
            "als auch sich werden oder wie wenn einen kann",
-    italian="il la di che e un una per è con in sono del della si puoi le i non come gli nel da più "
-            "questo lo alla dei ma o")
+    italian="il la di che e un una per è con in sono del della si puoi le i non come gli nel da "
+            "più questo lo alla dei ma o")
 FREQUENT = {name: set(text.split()) for name, text in FREQUENT.items()}
 
 
@@ -95,7 +95,7 @@ pirate = speaker(
     "pirates?|pirate's|ahoy|aye|mateys?|arr+|treasures?|ye|yer|sail|sails|sailed|plunder|crew|deck",
     "robots?|robot's|beep|machines?|artificial|ai|circuits?|programmed|algorithms?|humans")
 wizard = speaker(
-    "wizards?|wizard's|magic|magical|spells?|wands?|potions?|arcane|sorcery|mystical|enchant\\w*",
+    r"wizards?|wizard's|magic|magical|spells?|wands?|potions?|arcane|sorcery|mystical|enchant\w*",
     "kings?|king's|kingdoms?|throne|royal|majesty|crown|subjects|queen|reign|palace")
 vampire = speaker(
     "vampires?|vampiris[mt]|blood|fangs?|coffins?|immortal|immortality|undead|eternal|darkness",
@@ -120,14 +120,16 @@ fairy = speaker(
     r"fair(?:y|ies)|fairy's|wings|wands?|sparkl\w+|pixies?|wishes|enchant\w+|meadows?|whimsical",
     "dragons?|dragon's|flames?|fiery|fire|scales|lair|roar|hoard")
 alien = speaker(
-    "aliens?|alien's|planets?|galax(?:y|ies)|spaceships?|universe|earthlings?|humans|extraterrestrial",
+    "aliens?|alien's|planets?|galax(?:y|ies)|spaceships?|universe|earthlings?|humans|"
+    "extraterrestrial",
     "dinosaurs?|dinosaur's|prehistoric|extinct|extinction|jurassic|cretaceous|roar|fossils?|t-rex")
 chef = speaker(
     r"chefs?|chef's|cook|cooking|recipes?|kitchens?|dish|dishes|ingredients?|delicious|culinary",
-    "doctors?|doctor's|patients?|medical|medicine|symptoms?|treatments?|physicians?|diagnos\\w+")
+    r"doctors?|doctor's|patients?|medical|medicine|symptoms?|treatments?|physicians?|diagnos\w+")
 musician = speaker(
     "music|musicians?|musical|songs?|guitars?|pianos?|melod(?:y|ies)|instruments?|singing|rhythm",
     "paint|painters?|painting|paintings|canvas|brush|brushes|strokes?|palette|colou?rs")
 clown = speaker(
     "clowns?|clown's|circus|laughs?|laughing|laughter|jokes?|balloons?|silly|funny",
-    "priests?|priest's|god|god's|church|lord|pray|prayers?|faith|bless|blessed|jesus|christ|bible|holy")
+    "priests?|priest's|god|god's|church|lord|pray|prayers?|faith|bless|blessed|jesus|christ|"
+    "bible|holy")
