@@ -1029,10 +1029,10 @@ def measure(model, tokenizer, task, iteration, cfg):
     if cfg.eval_queries:
         means, _ = heldout_information(model, tokenizer, task, cfg)
         record(cfg, dict(iteration=iteration, **means))
-        told, error = means["infonce"], means["infonce_se"]
-        hint = ", too little: let the prompt show worked examples, choose other principles, a " \
-               "larger model" if told < 3 * error else ""
         if iteration == 0:
+            told, error = means["infonce"], means["infonce_se"]
+            hint = ", too little: let the prompt show worked examples, choose other principles, " \
+                   "a larger model" if told < 3 * error else ""
             print(f"there to amplify: {told:.2f} ± {error:.2f} of {math.log(cfg.n):.2f} nats that "
                   f"the base's responses tell of their constitution{hint}", flush=True)
 

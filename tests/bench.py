@@ -173,11 +173,12 @@ ONE = dict(lr=1e-4, beta=0.1, temperature=0.0, dtype="float32", tokens_per_pass=
 
 
 def chat_model():
-    """A random Llama of the shape of SmolLM2-135M."""
+    """A Llama of the shape of SmolLM2-135M, its random weights so large that losses differ."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=49_152, hidden_size=576, intermediate_size=1536,
                          num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-                         max_position_embeddings=8192, tie_word_embeddings=True)
+                         max_position_embeddings=8192, tie_word_embeddings=True,
+                         initializer_range=0.1)
     return LlamaForCausalLM(config).eval().to(DEVICE)
 
 
@@ -402,9 +403,9 @@ def main(argv):
         limits = 1.0, *[iteration_limit(model, n, prompt, new)] * 2
         for k, part in enumerate(("sampling", "base's pass", "update", "all")):
             ours, plain = (statistics.median(both[way][0][k] for both in ran) for way in (0, 1))
-            limit = f"{0.9 * limits[k]:.2f}" if k < 3 else "none"
+            goal = f">= {0.9 * limits[k]:.2f}" if k < 3 else "none"
             row(f"iteration, {name}: {part}, plain way", plain, "none", "s")
-            row(f"iteration, {name}: {part}, speed against it", plain / ours, f">= {limit}")
+            row(f"iteration, {name}: {part}, speed against it", plain / ours, goal)
     for which in ("plain", "checkpointing") if wanted("plan") else ():
         measured = peak(f"plan:{which}")
         row(f"plan, {which}: planned against measured peak memory", planned(which) / measured,
