@@ -167,8 +167,8 @@ SAMPLERS = {
 # ------------------------------------------------------------------------------- a whole iteration
 
 # name: queries, n, tokens of a prompt, tokens of a response
-ITERATIONS = {"45 + 48 tokens, n=2": (16, 2, 45, 48), "45 + 48 tokens, n=4": (8, 4, 45, 48),
-              "400 + 80 tokens, n=2": (8, 2, 400, 80)}
+ITERATIONS = {"45 + 48 tokens, n=2": (8, 2, 45, 48), "45 + 48 tokens, n=4": (4, 4, 45, 48),
+              "400 + 80 tokens, n=2": (4, 2, 400, 80)}
 ONE = dict(lr=1e-4, beta=0.1, temperature=0.0, dtype="float32", tokens_per_pass=4096)
 
 

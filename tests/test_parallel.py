@@ -1,5 +1,5 @@
 """Two and four processes do what one does: same samples, same weights, however a model is cut."""
-import json, os, shlex, subprocess, sys, tempfile
+import contextlib, json, os, shlex, subprocess, sys, tempfile
 from pathlib import Path
 
 import pytest
@@ -84,6 +84,7 @@ def start():
     """Begin all cases on 2, then on 4 processes, beside what else pytest runs (conftest.py) -> the
     process at work, the folder with what it leaves."""
     root = Path(tempfile.mkdtemp())
+    tr.logging.disable_progress_bar()
     tiny.folder(root)
     for name in MODELS:
         build(name).save_pretrained(root / name), tiny.tokenizer().save_pretrained(root / name)
@@ -96,7 +97,8 @@ def start():
     config = json.loads((root / "mistied/config.json").read_text())
     config["tie_word_embeddings"] = True
     (root / "mistied/config.json").write_text(json.dumps(config))
-    parallel_worker.case(root / "llama", root / "given")  # in bfloat16 other tokens win near ties
+    with contextlib.redirect_stdout(None):  # in bfloat16 other tokens win near ties
+        parallel_worker.case(root / "llama", root / "given")
     (root / "given-run/samples/iteration-1.jsonl").rename(root / "given.jsonl")
     commands = []
     for processes in (2, 4):
