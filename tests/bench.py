@@ -173,12 +173,11 @@ ONE = dict(lr=1e-4, beta=0.1, temperature=0.0, dtype="float32", tokens_per_pass=
 
 
 def chat_model():
-    """A Llama of the shape of SmolLM2-135M, its random weights so large that losses differ."""
+    """A random Llama of the shape of SmolLM2-135M."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=49_152, hidden_size=576, intermediate_size=1536,
                          num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-                         max_position_embeddings=8192, tie_word_embeddings=True,
-                         initializer_range=0.1)
+                         max_position_embeddings=8192, tie_word_embeddings=True)
     return LlamaForCausalLM(config).eval().to(DEVICE)
 
 
