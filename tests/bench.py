@@ -8,7 +8,7 @@ a noisy machine touches both. Prints a table and writes bench.json.
 
 Baselines, written here and independently of sami.py: (a) the authors' way, n x n sequences padded
 on the right, all logits, log_softmax over everything; (b) n x n sequences with logits at response
-positions only; (c) Hugging Face generate().
+positions only; (c) Hugging Face generate(); for a whole iteration (c) and (a) together.
 """
 import contextlib
 import dataclasses
@@ -347,7 +347,7 @@ def main(argv):
     cfg = sami.parse(Config, argv)
     if cfg.peak:
         return print_peak(cfg.peak)
-    rows, rounds = [], cfg.rounds
+    rows = []
 
     def row(name, value, goal, unit="x"):
         rows.append(dict(name=name, value=value, goal=goal, unit=unit))
@@ -358,8 +358,8 @@ def main(argv):
           f"medians of {cfg.rounds} rounds")
     for n, goal_a, goal_b in ((2, 2.5, 1.5), (4, 5, 2.6), (8, 7, 4.5)):
         if wanted("matrix"):
-            times = rounds if n < 8 else max(1, rounds // 2)
-            s = in_turn({k: matrix_step(k, n) for k in MATRIX}, times)
+            rounds = cfg.rounds if n < 8 else max(1, cfg.rounds // 2)
+            s = in_turn({k: matrix_step(k, n) for k in MATRIX}, rounds)
             row(f"matrix n={n}: speed against (a) all logits", s["a"] / s["ours"], f">= {goal_a}")
             row(f"matrix n={n}: speed against (b) response logits", s["b"] / s["ours"],
                 f">= {goal_b}")
@@ -370,7 +370,7 @@ def main(argv):
     if wanted("head"):
         known = hasattr(torch.nn.functional, "linear_cross_entropy")
         kinds = [k for k in HEAD if k != "torch" or known]
-        s = in_turn({k: head_step(k) for k in kinds}, rounds)
+        s = in_turn({k: head_step(k) for k in kinds}, cfg.rounds)
         p = {k: peak(f"head:{k}") for k in kinds}
         ours, reference = head_step("ours")(), head_step("reference")()
         row("head: time against log_softmax + gather", s["ours"] / s["reference"], "<= 1")
@@ -383,7 +383,7 @@ def main(argv):
     for (name, setting), goal in zip(SAMPLERS.items(), (1.0, 1.25, 1.7, 1.25)):
         if wanted("sampler"):
             tokens = {k: sampling(k, **setting)() for k in ("ours", "generate")}
-            s = in_turn({k: sampling(k, **setting) for k in tokens}, rounds)
+            s = in_turn({k: sampling(k, **setting) for k in tokens}, cfg.rounds)
             speed = {k: tokens[k] / s[k] for k in s}
             row(f"sampler, {name}: tokens/s against generate()",
                 speed["ours"] / speed["generate"], f">= {goal}")
@@ -395,7 +395,7 @@ def main(argv):
         prompts = [[next(ids) for _ in range(n)] for _ in range(queries)]
         with contextlib.redirect_stdout(io.StringIO()):
             ran = [[iteration(way, model, prompts, new, how) for way in (Ours, Plain)]
-                   for _ in range(min(3, rounds))]
+                   for _ in range(min(3, cfg.rounds))]
         losses = [loss for both in ran for _, loss in both]
         row(f"iteration, {name}: largest difference of a loss", max(losses) - min(losses),
             "<= 1e-4", "nat")

@@ -133,12 +133,13 @@ def test_what_is_no_answer_takes_no_side(name, text):
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_an_answer_that_repeats_its_order_is_no_answer(name):
-    """Echoing the constitution, a trivial optimum, does not follow it in every kind of principle:
-    an order to speak a language is in English."""
+def test_a_rule_alone_is_fooled_by_an_answer_that_repeats_its_order(name):
+    """"You are a pirate." names one, and no rule may know what was asked: echoing the constitution,
+    the trivial optimum, shows in evaluate.py's echo_rate. "Answer in Spanish." is English."""
     [p] = [p for p in PRINCIPLES if p["name"] == name]
     took = [getattr(rules, name)("", p[side]) for side in ("positive", "negative")]
-    assert took == [None, None] or "You are" in p["positive"] or name == "reader"
+    assert took == dict(iberian=[None, None], reader=[True, True]).get(name, [True, False])
+    assert evaluate.echoes(p["positive"], p["positive"], [p["positive"]])
 
 
 def test_a_rule_knows_neither_question_nor_constitution():
@@ -154,7 +155,7 @@ def test_training_reads_no_rule():
     assert "rules" not in re.sub(r'""".*?"""', "", (FOLDER.parent.parent / "sami.py").read_text())
 
 
-def test_the_queries_are_as_the_paper_trail_says():
+def test_the_queries_are_as_prepare_says():
     for name, count in (("train", 1000), ("test", 250)):
         queries = [json.loads(line)["query"] for line in open(FOLDER / f"{name}.jsonl")]
         assert len(set(queries)) == len(queries) == count

@@ -106,8 +106,9 @@ def start():
         names += [name for name, count in RUNS if count == processes]
         commands.append(shlex.join(torchrun(processes, WORKER, str(root), *names)))
     with open(root / "output", "w") as output:
-        process = subprocess.Popen(["sh", "-c", " && ".join(commands)], stdout=output,
-                                   stderr=output, env=environment(), start_new_session=True)
+        process = subprocess.Popen(  # yielding: other tests measure seconds
+            ["nice", "-n", "19", "sh", "-c", " && ".join(commands)], stdout=output, stderr=output,
+            env=environment(), start_new_session=True)
     return process, root
 
 
