@@ -243,10 +243,12 @@ def test_samples_of_the_base_are_the_base_s_in_every_iteration(bed):
 def test_what_is_there_is_not_run_again_and_the_report_is_made_of_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablations, "run", None)  # nobody may call it
     runs = stored(**{name: {1: 0.5, 2: 0.6} for name in ablations.ROWS["contrast"][1]})
+    runs["toy base"] = {0: dict.fromkeys([*ablations.MEASURES, "seconds"], 0.25)}
     (tmp_path / "ablations.json").write_text(json.dumps(runs))
     ablations.main(["--rows=contrast", "--seeds=1,2", "--beds=toy", f"--out={tmp_path}"])
     text = (tmp_path / "ABLATIONS.md").read_text()
     assert "| toy | constitutions | 0.550 ± 0.635 | +0.000 ± 0.000 |" in text
+    assert "| toy | 0.250 | 0.250 | 0.250 | 0.250 |" in text and "Seeds 1, 2: 7 runs" in text
     assert (tmp_path / "ablations.png").stat().st_size > 10_000
 
 
