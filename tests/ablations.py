@@ -393,8 +393,7 @@ CLOSING = ""
 WORDS = {}
 MEASURES = ("adherence", "heldout", "infonce", "nll")
 MORE = dict(steps=("infonce", "loss", "kl", "col_accuracy", "nll", "in_world"),
-            antitheses=("positive", "negative", "heldout_negative"),
-            beta=("nll", "kl", "in_world"), precision=("kl",))
+            antitheses=("positive", "negative", "heldout_negative"))
 T95 = dict(zip(range(1, 11), (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)))
 
 
