@@ -252,6 +252,16 @@ def test_what_is_there_is_not_run_again_and_the_report_is_made_of_it(tmp_path, m
     assert (tmp_path / "ablations.png").stat().st_size > 10_000
 
 
+def test_every_figure_of_the_report_comes_from_the_store():
+    data = ablations.ROOT / "data"
+    runs = json.loads((data / "ablations.json").read_text())
+    runs = {key: {int(s): r for s, r in found.items()} for key, found in runs.items()}
+    assert ablations.report(runs) == (data / "ABLATIONS.md").read_text()
+    known = {ablations.key_of(bed, row, name) for bed in ablations.BEDS
+             for row, (_, settings) in ablations.ROWS.items() for name in settings}
+    assert set(runs) <= known | {f"{bed} base" for bed in ablations.BEDS}
+
+
 @pytest.mark.parametrize("flag, sentence", [
     ("--rows=lr", "there is no lr, but contrast"), ("--beds=moon", "there is no moon"),
     ("--seeds=one", "--seeds=one must be whole numbers"), ("--seeds=1", "--stories_model=")])
