@@ -248,7 +248,7 @@ def test_what_is_there_is_not_run_again_and_the_report_is_made_of_it(tmp_path, m
     ablations.main(["--rows=contrast", "--seeds=1,2", "--beds=toy", f"--out={tmp_path}"])
     text = (tmp_path / "ABLATIONS.md").read_text()
     assert "| toy | constitutions | 0.550 ± 0.635 | +0.000 ± 0.000 |" in text
-    assert "| toy | 0.250 | 0.250 | 0.250 | 0.250 |" in text and "Seeds 1, 2: 7 runs" in text
+    assert "| toy | 0.250 | 0.250 | 0.250 | 0.250 |" in text and "toy: seeds 1, 2 (7 runs" in text
     assert (tmp_path / "ablations.png").stat().st_size > 10_000
 
 
