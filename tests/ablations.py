@@ -215,11 +215,14 @@ def sami_on_the_best(cfg):
 
 # ---------------------------------------------------------------------------------- beds and rows
 
+MANNERS = json.loads((ROOT / "data/manners/smollm2.json").read_text("utf-8"))
 BEDS = dict(
     stories=dict(task="data/stories"),  # its model: --stories_model
     toy=dict(task="data/toy"),
+    manners={k: MANNERS[k] for k in MANNERS if k not in ("model", "eval_queries")},
 )
 COMMON = dict(iterations=1, steps="12", eval_queries=0, device="cpu")
+PART = dict(manners=("contrast", "supervised"))  # a bed that runs minutes is for a few rows alone
 SPLIT, ANSWERED = 48, 112  # test queries: the first for information, the next are answered
 
 # row: question, {setting: flags, and "replace"}. The first setting is what others are compared to.
@@ -275,6 +278,13 @@ ROWS = dict(
 )
 
 
+def settings_of(bed, row):
+    """Names of a row's settings that run on a bed; greedy samples know no best of four."""
+    greedy = BEDS[bed].get("temperature") == 0
+    return [name for name in ROWS[row][1] if row in PART.get(bed, ROWS)
+            and not (greedy and "best of" in name)]
+
+
 def flags_of(bed, setting):
     return {**COMMON, **BEDS[bed], **{k: v for k, v in setting.items() if k != "replace"}}
 
@@ -292,8 +302,9 @@ def key_of(bed, row, name):
 
 def measure(path, bed, flags):
     """What the model in a folder does on test queries that no run trains on -> {name: value}."""
-    cfg = sami.Config(**{**flags, "seed": 1, "eval_queries": SPLIT, "n": 4})
-    task, base_path = LOAD_TASK(cfg.task), cfg.model
+    task, base_path = LOAD_TASK(flags["task"]), flags["model"]
+    n = min(4, 2**task.principles_per_constitution)
+    cfg = sami.Config(**{**flags, "seed": 1, "eval_queries": SPLIT, "n": n})
     _, tokenizer = sami.load_tokenizer(base_path)
     model, base = (LOAD_MODEL(p, torch.device("cpu"), cfg) for p in (path, base_path))
     means, scored = sami.heldout_information(model, tokenizer, task, cfg)
@@ -363,26 +374,28 @@ def run(bed, row, name, seed, models, cache):
 
 INTRODUCTION = """# What the paper left open
 
-The paper varies almost nothing and gives one seed. Here one choice at a time is changed, on two
-small models. Every figure below is made from [ablations.json](ablations.json) by
+The paper varies almost nothing and gives one seed. Here one choice at a time is changed, on small
+models. Every figure below is made from [ablations.json](ablations.json) by
 [ablations.py](../tests/ablations.py); none is typed.
 
 **Beds.** *stories*: stories260K (260,000 weights), which goes on with a story whose first sentences
-name what should come up in it. *toy*: the embedded model of this repository (0.96M weights). Both
-have an exact judge, rules.py. Unless a row says otherwise a run has sami.py's default flags and one
-iteration of 12 steps from the base; settings were fixed before, none was picked by its result.
+name what should come up in it. *toy*: the embedded model of this repository (0.96M weights).
+*manners*, for two rows: SmolLM2-135M-Instruct, whose weights passed through 4 bits, with the preset
+data/manners/smollm2.json. All have an exact judge, rules.py. Unless a row says otherwise a run has
+sami.py's default flags and one iteration of 12 steps from the base; settings were fixed before,
+none was picked by its result.
 
 **Measured.** *adherence*: the share of principles that greedy answers to {answered} test queries
 follow; *held out*: the same for principles that no run trains on. *nll*: what these answers cost
 under the base, nats a token. *infonce*: what responses at temperature 1 to {split} other test
-queries tell of their constitution, nats of log 4 = 1.39; *loss* (of the same matrices), *kl* to the
-base (nats a token of these responses).
+queries tell of their constitution, nats, at most log 4 = 1.39 (manners: log 2 = 0.69); *loss* (of
+the same matrices), *kl* to the base (nats a token of these responses).
 
-**How to read it.** {seeds} ({runs} runs, {minutes:.0f} minutes of one core). Draws
-and noise of a seed are the same in every setting, so differences to the first setting of a row are
-taken seed by seed. ± is half of a 95 % interval over seeds (Student's t); a figure without it is
-that of one seed. With some fifty settings, two or three differences just outside their interval are
-to be expected by chance.
+**How to read it.** {seeds} ({runs} runs, {minutes:.0f} minutes of one core). Draws and noise of a
+seed are the same in every setting. So the first line of a row has means, the others have
+differences to it, taken seed by seed, ± half of a 95 % interval over seeds (Student's t); a figure
+without it is that of one seed. With some fifty settings, two or three differences just outside
+their interval are to be expected by chance.
 
 | base | adherence | held out | infonce | nll |
 |---|---:|---:|---:|---:|
@@ -456,11 +469,11 @@ def paired(runs, bed, row, name, measure):
 
 
 def conclusion(runs, row):
-    """One sentence a bed: which settings differ from the first one, and by how much."""
-    lines, first = [], next(iter(ROWS[row][1]))
+    """For each bed: which settings differ from the first one in adherence, and by how much."""
+    found, first = [], next(iter(ROWS[row][1]))
     for bed in BEDS:
         told, unseen = [], []
-        for name in list(ROWS[row][1])[1:]:
+        for name in settings_of(bed, row)[1:]:
             _, gap = paired(runs, bed, row, name, "adherence")
             if not gap or math.isinf(gap[1]):
                 continue
@@ -471,8 +484,8 @@ def conclusion(runs, row):
         if told or unseen:
             told = f"adherence differs from {first}: {', '.join(told)}" if told else ""
             unseen = f"no difference seen: {', '.join(unseen)}" if unseen else ""
-            lines.append(f"*{bed}*: {'; '.join(filter(None, (told, unseen)))}.")
-    return lines
+            found.append(f"*{bed}*: {'; '.join(filter(None, (told, unseen)))}.")
+    return " ".join(found)
 
 
 def cell(found, sign=""):
@@ -482,48 +495,46 @@ def cell(found, sign=""):
     return f"{mean:{sign}.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else "")
 
 
-def more(runs, row):
-    """What else a row is asked for, as a table."""
-    if row not in MORE:
-        return []
-    lines = [f"| bed | setting | {' | '.join(MORE[row])} |", "|---|---|" + "---:|" * len(MORE[row])]
-    for bed in BEDS:
-        for name in ROWS[row][1]:
-            found = [paired(runs, bed, row, name, m)[0] for m in MORE[row]]
-            if any(found):
-                lines.append(f"| {bed} | {name} | {' | '.join(map(cell, found))} |")
+def table(runs, beds, rows, measures, differences=True):
+    """Markdown lines: a line a setting, the measures of each bed side by side."""
+    heads = [f"{bed}: {m}" if m == measures[0] else m for bed in beds for m in measures]
+    lines = [f"| row | setting | {' | '.join(heads)} |", "|---|---|" + "---:|" * len(heads)]
+    for row in rows:
+        for k, name in enumerate(ROWS[row][1]):
+            cells, told = [], ""
+            for bed in beds:
+                found = runs.get(key_of(bed, row, name), {})
+                failed = sum("failed" in r for r in found.values())
+                told += f" ({bed}: {failed} of {len(found)} seeds failed)" if failed else ""
+                for m in measures:
+                    own, gap = paired(runs, bed, row, name, m)
+                    cells.append(cell(gap, "+") if k and differences else cell(own))
+            if any(cells) or told:
+                lines.append(f"| {'' if k else row} | {name}{told} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
 def report(runs):
-    """ABLATIONS.md as text: for each row a table, its numbers all from `runs`."""
+    """ABLATIONS.md as text: its numbers are all from `runs`."""
     seeds = {bed: sorted({s for key, r in runs.items() if key.split()[0] == bed for s in r if s})
              for bed in BEDS}
-    seeds = "; ".join(f"{bed}: seeds {', '.join(map(str, found)) or 'none'}"
-                      for bed, found in seeds.items())
+    seeds = "; ".join(f"{bed}: seeds {', '.join(map(str, found))}"
+                      for bed, found in seeds.items() if found)
     minutes = sum(r["seconds"] for found in runs.values() for r in found.values()) / 60
     bases = "\n".join(f"| {bed} | " + " | ".join(f"{runs[f'{bed} base'][0][m]:.3f}"
                       for m in MEASURES) + " |" for bed in BEDS if f"{bed} base" in runs)
     lines = [INTRODUCTION.format(runs=sum(map(len, runs.values())), minutes=minutes, bases=bases,
                                  seeds=seeds, answered=ANSWERED, split=SPLIT)]
-    for number, (row, (question, settings)) in enumerate(ROWS.items(), 1):
-        lines += [f"## {number}. {question}", "",
-                  "| bed | setting | adherence | difference | held out, difference | infonce, "
-                  "difference | nll, difference |", "|---|---|---:|---:|---:|---:|---:|"]
-        for bed in BEDS:
-            for name in settings:
-                found = [paired(runs, bed, row, name, m) for m in MEASURES]
-                count = len(runs.get(key_of(bed, row, name), {}))
-                if not count:
-                    continue
-                failed = sum("failed" in r for r in runs[key_of(bed, row, name)].values())
-                told = f" ({failed} of {count} seeds failed)" if failed else ""
-                own = name == next(iter(settings))
-                gaps = [cell(f[0]) if own else cell(f[1], "+") for f in found[1:]]
-                lines.append(f"| {bed} | {name}{told} | {cell(found[0][0])} | "
-                             f"{cell(found[0][1], '+')} | {' | '.join(gaps)} |")
-        lines += ["", *more(runs, row), *conclusion(runs, row), "", WORDS.get(row, ""), ""]
-    return "\n".join(lines + [CLOSING])
+    whole = [bed for bed in BEDS if bed not in PART]
+    lines += ["## Results", "", *table(runs, whole, ROWS, MEASURES)]
+    for bed, rows in PART.items():
+        lines += table(runs, [bed], rows, MEASURES) if f"{bed} base" in runs else []
+    lines += ["## What each row says", ""]
+    for number, (row, (question, _)) in enumerate(ROWS.items(), 1):
+        lines += [f"{number}. **{question}** {WORDS[row]} {conclusion(runs, row)}".strip()]
+        if row in MORE:
+            lines += ["", *table(runs, whole, [row], MORE[row], differences=False)]
+    return "\n".join([*lines, "", CLOSING])
 
 
 def draw(runs, path):
@@ -538,7 +549,7 @@ def draw(runs, path):
     colours = dict(zip(BEDS, ("tab:blue", "tab:orange", "tab:green")))
     for axis, measure in zip(axes, ("adherence", "heldout")):
         for bed, colour in colours.items():
-            shift = 0.3 * list(colours).index(bed) - 0.15
+            shift = 0.25 * (list(colours).index(bed) - 1)
             found = [(y + shift, paired(runs, bed, row, name, measure)[1])
                      for y, (row, name) in enumerate(names)]
             found = [(y, *gap) for y, gap in found if gap and math.isfinite(gap[1])]
@@ -582,8 +593,9 @@ def draw(runs, path):
 class Config:
     rows: str = sami.flag("", f"of {', '.join(ROWS)}; nothing = all")
     seeds: str = sami.flag("1,2,3,4,5", "the more, the narrower the intervals")
-    beds: str = sami.flag(",".join(BEDS), "where to train")
+    beds: str = sami.flag("stories,toy", "where to train; manners has a few rows, in minutes each")
     stories_model: str = sami.flag("", "folder of the model of the bed stories, stories260K")
+    manners_model: str = sami.flag(MANNERS["model"], "of the bed manners: folder or hub name")
     out: str = sami.flag("data", "where results and report go; what is there is not run again")
     jobs: int = sami.flag(os.cpu_count() or 1, "runs side by side, a core each", low=1)
     report: bool = sami.flag(False, "run nothing, write the report of what is there")
@@ -602,7 +614,8 @@ def main(argv):
         sami.need(not wrong, f"there is no {', '.join(wrong)}, but {', '.join(known)}")
     with sami.telling(f"--seeds={cfg.seeds} must be whole numbers, such as 1,2,3"):
         seeds = [int(s) for s in cfg.seeds.split(",")]
-    models = dict(stories=str(Path(cfg.stories_model).resolve()), toy=str(ROOT / "data/toy/base"))
+    models = dict(stories=cfg.stories_model, manners=cfg.manners_model, toy=f"{ROOT}/data/toy/base")
+    models = {bed: str(Path(m).resolve()) if Path(m).is_dir() else m for bed, m in models.items()}
     sami.need(cfg.report or "stories" not in beds or cfg.stories_model,
               "the bed stories needs --stories_model=<folder of stories260K>; or --beds=toy")
     out = Path(cfg.out)
@@ -615,7 +628,7 @@ def main(argv):
     for seed in seeds:
         for bed in beds:
             for row in rows:
-                for name in ROWS[row][1]:
+                for name in settings_of(bed, row):
                     if seed not in runs.get(key_of(bed, row, name), {}):
                         jobs.setdefault((key_of(bed, row, name), seed), (bed, row, name))
     started, context = time.time(), multiprocessing.get_context("spawn")

@@ -53,13 +53,13 @@ def test_a_run_that_failed_has_no_values_and_is_told():
     runs = stored(**{"two-sided": {1: 0.1, 2: 0.2}, "responses": {1: 0.3, 2: 0.4}})
     runs[ablations.key_of("toy", "contrast", "responses")][2] = dict(failed="NaN", seconds=1.0)
     assert ablations.paired(runs, "toy", "contrast", "responses", "heldout")[0][1] == math.inf
-    assert "| toy | responses (1 of 2 seeds failed) |" in ablations.report(runs)
+    assert "|  | responses (toy: 1 of 2 seeds failed) |" in ablations.report(runs)
 
 
 def test_a_sentence_claims_what_the_interval_supports():
     runs = stored(**{"two-sided": {1: 0.1, 2: 0.5, 3: 0.9}, "responses": {1: 0.2, 2: 0.61, 3: 1.0},
                      "constitutions": {1: 0.2, 2: 0.4, 3: 0.9}})
-    [sentence] = ablations.conclusion(runs, "contrast")
+    sentence = ablations.conclusion(runs, "contrast")
     assert "differs from two-sided: responses +0.103" in sentence
     assert "no difference seen: constitutions (could be seen: 0.248)" in sentence
 
@@ -70,10 +70,20 @@ def test_equal_settings_of_two_rows_are_one_run_and_all_others_are_their_own():
     assert key("toy", "precision", "fp32, lr 0.0001") == "toy"
     every = {(key(b, row, name), json.dumps({k: v for k, v in s.items() if k != "replace"}),
               s.get("replace")) for b in ablations.BEDS for row, (_, ss) in rows.items()
-             for name, s in ss.items()}
-    assert len({k for k, *_ in every}) == 104
+             for name, s in ss.items() if name in ablations.settings_of(b, row)}
+    assert len({k for k, *_ in every}) == 2 * 52 + 4
     with_function = [k for k, _, replaced in every if replaced]
     assert len(with_function) == len(set(with_function))
+
+
+def test_a_bed_that_samples_greedily_runs_few_rows_and_no_best_of_four():
+    names = {row: ablations.settings_of("manners", row) for row in ablations.ROWS}
+    assert {row: found for row, found in names.items() if found} == {
+        "contrast": ["two-sided", "constitutions", "responses"],
+        "supervised": ["SAMI", "supervised"]}
+    flags = ablations.flags_of("manners", ablations.ROWS["contrast"][1]["responses"])
+    assert (flags["steps"], flags["batch_size"], flags["temperature"]) == ("8", 40, 0)
+    assert flags["contrast"] == "responses" and flags["eval_queries"] == 0
 
 
 # --------------------------------------------------------------------------------------- objectives
@@ -247,7 +257,8 @@ def test_what_is_there_is_not_run_again_and_the_report_is_made_of_it(tmp_path, m
     (tmp_path / "ablations.json").write_text(json.dumps(runs))
     ablations.main(["--rows=contrast", "--seeds=1,2", "--beds=toy", f"--out={tmp_path}"])
     text = (tmp_path / "ABLATIONS.md").read_text()
-    assert "| toy | constitutions | 0.550 ± 0.635 | +0.000 ± 0.000 |" in text
+    assert "|  | constitutions |  |  |  |  | +0.000 ± 0.000 | +0.000 ± 0.000 |" in text
+    assert "| contrast | two-sided |  |  |  |  | 0.550 ± 0.635 |" in text
     assert "| toy | 0.250 | 0.250 | 0.250 | 0.250 |" in text and "toy: seeds 1, 2 (7 runs" in text
     assert (tmp_path / "ablations.png").stat().st_size > 10_000
 
