@@ -403,6 +403,15 @@ their interval are to be expected by chance.
 
 ![Differences in adherence and what it costs in fluency](ablations.png)
 """
+DEFAULTS = """## Does a default of sami.py change?
+
+What beats the first setting of its row on both beds, outside its interval:
+
+{}
+
+What these win is paid for in fluency, on stories dearly. No default was changed: the contrast stays
+that of the paper, and who wants more adherence knows which flag to turn.
+"""
 CLOSING = """## What does not follow
 
 Two models of under a million weights, one iteration each unless a row has three, principles that a
@@ -412,34 +421,39 @@ it could do at its own best ones. The paper's own principles, queries and models
 """
 # What a row says, without figures: where these come out otherwise, it has to be read again.
 WORDS = dict(
-    contrast="Either contrast alone teaches. On stories that over responses costs fluency, that "
-    "over constitutions spares it; the two-sided one lies between.",
-    reduce="On stories sums follow fewer principles and cost most fluency, even where their "
-    "gradient is no longer than that of means: the weight of long responses is the trouble, and "
-    "only in part the size of the step. On toy all responses have about one length.",
-    n="At equal work the number of constitutions makes no difference that five seeds can see.",
-    temperature="Between greedy and 1 adherence is about the same on stories; held-out principles "
-    "gain less from greedy and from hot samples. Greedy ones teach toy nothing.",
-    beta="More KL buys fluency with adherence, learned and held out, from 0.3 on; below 0.1 little "
-    "is won. Taken over each response's own constitution alone it follows more principles at the "
-    "same fluency on stories; the estimate (k3, k2, exact) is hardly seen.",
-    restart="The samples of the last model are what three iterations are for: with the base's own, "
-    "held-out principles gain less. A restart is a little better than going on.",
-    steps="More steps soon stop paying: adherence is level after a few, held-out adherence drifts "
-    "down, fluency too. No quantity measured on held-out queries says so: infonce and accuracy "
-    "rise and the loss falls to the last step, and nll grows before adherence has. So sami.py has "
-    "no option that stops early.",
+    contrast="Either contrast alone teaches. That over responses follows more principles than both "
+    "together, on toy many more of those held out, and pays in fluency; that over constitutions "
+    "spares fluency, and on toy teaches nothing of what is held out.",
+    reduce="It depends on lengths. On stories sums follow fewer principles and cost most fluency, "
+    "even where their gradient is no longer than that of means: the weight of long responses is "
+    "the trouble, only in part the size of the step. On toy all responses are about as long, and "
+    "sums follow more.",
+    n="At equal work the number of constitutions hardly matters; two teach toy less of what is "
+    "held out.",
+    temperature="0.5 and 0.8 are alike, warmer samples teach toy less. Greedy ones teach toy "
+    "nothing, and stories less of what is held out. (SmolLM2, a better model, learns from greedy "
+    "samples best: data/manners.)",
+    beta="KL buys fluency with adherence, learned and held out, on both beds. On toy it does not "
+    "matter how it is taken; on stories a little more of what is held out is followed where the "
+    "KL leaves out the pairs off the diagonal, or is no k3.",
+    restart="Three iterations need samples of the last model: on stories, with those of the base, "
+    "held-out principles gain less. Toy has learned nearly all in its first iteration. A restart "
+    "is a little better than going on, on stories.",
+    steps="On stories adherence is level after a few steps while fluency and held-out adherence "
+    "drift down; on toy it rises to the last step. No quantity measured on held-out queries tells "
+    "the two apart: on both infonce and accuracy rise and the loss falls to the end, and nll grows "
+    "before adherence has. So sami.py has no option that stops early.",
     precision="With bf16 weights small learning rates do nothing at all, since a step rounds away; "
-    "at the default one part of it is lost. The window of good learning rates is narrow.",
-    breadth="Two principles teach nearly what eight do; held-out ones may profit from breadth, by "
-    "less than five seeds can tell.",
-    principles="No difference seen between one, two and three.",
-    antitheses="Where antitheses come from makes no difference that is seen; without any, held-out "
-    "principles gain a little less, and negative sides are followed all the same.",
+    "at the default one a part of it is lost. Stories bears no larger rate, toy does.",
+    breadth="Two principles teach most of what all do. That breadth helps held-out ones is not "
+    "seen on either bed.",
+    principles="Two and three are alike; one is a little behind on toy.",
+    antitheses="Where antitheses come from makes no difference that is seen. Without any, negative "
+    "sides are followed all the same, and on stories held-out principles gain a little less.",
     batches="The last queries of a batch teach less than all of them, as they should.",
-    supervised="Supervised finetuning on the same samples teaches little; on the best of four by "
-    "the contrast it follows (on stories) as many learned principles as SAMI, at less nll, but "
-    "fewer held-out ones. So the contrast teaches, and choosing by it does most of that.",
+    supervised="Supervised finetuning on the same samples teaches little, toy nothing. On the best "
+    "of four by the contrast it follows much of what SAMI follows, but fewer held-out principles. "
+    "So the contrast teaches; choosing by it does a good part of that, and does not carry over.",
 )
 MEASURES = ("adherence", "heldout", "infonce", "nll")
 MORE = dict(steps=("infonce", "loss", "kl", "col_accuracy", "nll", "in_world"),
@@ -514,6 +528,19 @@ def table(runs, beds, rows, measures, differences=True):
     return [*lines, ""]
 
 
+def defaults(runs, beds):
+    """What beats a row's first setting on all beds outside its interval, and at which cost."""
+    found = []
+    for row, measure in ((row, m) for row in ROWS for m in ("adherence", "heldout")):
+        for name in list(ROWS[row][1])[1:]:
+            gaps = [paired(runs, bed, row, name, measure)[1] for bed in beds]
+            if all(gap and gap[0] > gap[1] for gap in gaps):
+                costs = [cell(paired(runs, bed, row, name, "nll")[1], "+") for bed in beds]
+                better = " and ".join(f"{cell(gap, '+')} ({bed})" for gap, bed in zip(gaps, beds))
+                found.append(f"- *{row}, {name}*: {measure} {better}, nll {' and '.join(costs)}")
+    return "\n".join(found) or "- nothing"
+
+
 def report(runs):
     """ABLATIONS.md as text: its numbers are all from `runs`."""
     seeds = {bed: sorted({s for key, r in runs.items() if key.split()[0] == bed for s in r if s})
@@ -534,7 +561,8 @@ def report(runs):
         lines += [f"{number}. **{question}** {WORDS[row]} {conclusion(runs, row)}".strip()]
         if row in MORE:
             lines += ["", *table(runs, whole, [row], MORE[row], differences=False)]
-    return "\n".join([*lines, "", CLOSING])
+    lines += ["", DEFAULTS.format(defaults(runs, whole))]
+    return "\n".join([*lines, CLOSING])
 
 
 def draw(runs, path):

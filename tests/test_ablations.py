@@ -64,6 +64,18 @@ def test_a_sentence_claims_what_the_interval_supports():
     assert "no difference seen: constitutions (could be seen: 0.248)" in sentence
 
 
+def test_a_default_is_beaten_only_outside_its_interval_on_every_bed():
+    runs = stored(**{"two-sided": {1: 0.1, 2: 0.5}, "responses": {1: 0.2, 2: 0.6},
+                     "constitutions": {1: 0.2, 2: 0.7}})
+    both = {k.replace("toy", bed): {s: dict(r) for s, r in found.items()}
+            for bed in ("toy", "stories") for k, found in runs.items()}
+    assert ablations.defaults(both, ["stories", "toy"]) == (
+        "- *contrast, responses*: adherence +0.100 ± 0.000 (stories) and +0.100 ± 0.000 (toy), "
+        "nll +0.000 ± 0.000 and +0.000 ± 0.000")
+    both[ablations.key_of("toy", "contrast", "responses")][1]["adherence"] = 0.0
+    assert ablations.defaults(both, ["stories", "toy"]) == "- nothing"
+
+
 def test_equal_settings_of_two_rows_are_one_run_and_all_others_are_their_own():
     key, rows = ablations.key_of, ablations.ROWS
     assert key("toy", "contrast", "two-sided") == key("toy", "temperature", "T = 0.8") == "toy"
@@ -140,7 +152,7 @@ def test_supervised_pulls_each_response_to_its_own_constitution_alone():
     assert not m[0][1].grad.any() and not m[1][0].grad.any()
 
 
-# ------------------------------------------------------------------------------- samples, data, steps
+# ------------------------------------------------------------------------------- samples, data, ste
 
 
 def test_of_four_answers_the_one_is_kept_that_tells_most_of_its_constitution():
@@ -191,7 +203,7 @@ def test_changed_tasks(tmp_path):
         task.draw(rng(0), 3)
 
 
-# ---------------------------------------------------------------------------------------- whole runs
+# ---------------------------------------------------------------------------------------- whole run
 
 
 @pytest.fixture
