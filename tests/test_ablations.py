@@ -152,7 +152,7 @@ def test_supervised_pulls_each_response_to_its_own_constitution_alone():
     assert not m[0][1].grad.any() and not m[1][0].grad.any()
 
 
-# ------------------------------------------------------------------------------- samples, data, ste
+# ----------------------------------------------------------------------------- samples, data, steps
 
 
 def test_of_four_answers_the_one_is_kept_that_tells_most_of_its_constitution():
@@ -203,7 +203,7 @@ def test_changed_tasks(tmp_path):
         task.draw(rng(0), 3)
 
 
-# ---------------------------------------------------------------------------------------- whole run
+# --------------------------------------------------------------------------------------- whole runs
 
 
 @pytest.fixture
