@@ -222,7 +222,7 @@ BEDS = dict(
     manners={k: MANNERS[k] for k in MANNERS if k not in ("model", "eval_queries")},
 )
 COMMON = dict(iterations=1, steps="12", eval_queries=0, device="cpu")
-PART = dict(manners=("contrast", "supervised"))  # a bed that runs minutes is for a few rows alone
+PART = dict(manners=("contrast", "supervised"))  # minutes and 13 GB a run: few rows, one at a time
 SPLIT, ANSWERED = 48, 112  # test queries: the first for information, the next are answered
 
 # row: question, {setting: flags, and "replace"}. The first setting is what others are compared to.
@@ -337,7 +337,7 @@ def measure(path, bed, flags):
 def run(bed, row, name, seed, models, cache):
     """Train and measure one setting with one seed -> {name: value}, or {"failed": a sentence}.
     models: {bed: folder}; cache: where samples of the bases are kept. Without a row: the base."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(os.cpu_count() if bed in PART else 1)
     os.chdir(ROOT)
     started, setting = time.time(), ROWS[row][1][name] if row else {}
     flags = dict(flags_of(bed, setting), seed=seed, model=models[bed])
@@ -661,7 +661,7 @@ def main(argv):
                         jobs.setdefault((key_of(bed, row, name), seed), (bed, row, name))
     started, context = time.time(), multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as cache, concurrent.futures.ProcessPoolExecutor(
-            cfg.jobs, mp_context=context) as pool:
+            1 if {*beds} & {*PART} else cfg.jobs, mp_context=context) as pool:  # 13 GB a run
         todo = {} if cfg.report else {pool.submit(run, *job, seed, models, cache): (key, seed, job)
                                       for (key, seed), job in jobs.items()}
         for i, future in enumerate(concurrent.futures.as_completed(todo), 1):
