@@ -18,7 +18,7 @@ Departures from the paper (P) and from its authors' code (A), whose settings for
  4. letters by the tokenizer (A: LLaMA's ids); an answer is a line; two worked examples of ours
 The toy, ours: a random chain of words, 40 % of the verbs harmful, others for each query; an exact
 judge, free, wrong about a share of texts. Controls: best of N samples by the same judge, N by equal
-tokens; a judge wrong about half. --model has its own opinion of itself. It runs on one process.
+tokens; a judge wrong about half. --model judges itself, in the figures too. It runs on one process.
 """
 import copy, dataclasses, functools, itertools, json, pathlib, sys, time, types, zlib
 import matplotlib.pyplot as plt
