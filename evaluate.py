@@ -712,7 +712,7 @@ def draw_curves(plt, models, heldout):
         ax.set(title=title, ylim=(0, 1.03))
         ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("share of responses that take\nthe side asked for")
-    axes[0, 0].legend(frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return figure
 
 

@@ -25,8 +25,7 @@ Departures from the paper (P), which came without code:
 query's constitution, so that there is nothing to learn. It runs on one process.
 """
 import collections, dataclasses, itertools, json, math, pathlib, sys, time
-import matplotlib.pyplot as plt
-import numpy as np
+import matplotlib.pyplot as plt, numpy as np
 from torch.nn.functional import logsigmoid
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import evaluate, sami
@@ -156,7 +155,8 @@ def draw(found, path):
     right.semilogx(circle(2000).T, label=["average policy", "last policy"])
     left.set(xlabel="iterate $t$", xticks=range(2, len(mean) + 2), ylabel="win rate over the base")
     right.set(xlabel="$t$", ylabel="exploitability", title="rock, paper, scissors by enumeration")
-    left.legend(), right.legend()
+    left.legend()
+    right.legend()
     figure.savefig(path, dpi=150)
 
 def main(argv):

@@ -15,8 +15,8 @@ Departures from the paper (P) and the authors' code (A):
  3. end tokens end texts (A: "### User"; it bans them, "Sorry" and, in stage 4, repeated n-grams)
  4. one filter, of 60 characters at least (A: 160 if it ended, in stage 4 128 if it did not)
  5. all weights learn (P: LoRA of rank 16); no identity dummies (A: 910, on which its loader fails)
- 6. choices of ours: the toy, whose clones answer no longer; its sizes (P: 16 principles, 5 worked
-    answers, 5 rounds, gate 0.7); temperature and top-p 1 in stage 2 (P: 0.5, 0.9), for the KL
+ 6. choices of ours: the toy, whose clones answer no longer; 2 principles, 1 worked answer, 2
+    rounds, gate 0.8 (P: 16, 5, 5, 0.7), 4 answers a task at temperature 1 (P: 0.5), KL of line one
 In control `shuffled` each task has another's answer, in `drawn` each has principles of its own.
 """
 import copy, dataclasses, itertools, json, pathlib, random, re, sys, time

@@ -386,10 +386,11 @@ def test_the_toy_is_what_it_says():
     assert np.mean(shares) == pytest.approx(0.6**6, abs=0.01)
 
 
-def test_the_whole_command(tmp_path):
+def test_the_whole_command(tmp_path, monkeypatch):
     """results.json has every figure with its interval; best of N has RAIN's tokens; who is always
     lied to finds what is harmful."""
-    rain.main(["--limit=2", "--most=8", "--errors=0,1", "--seed=3", f"--out_dir={tmp_path}/out"])
+    monkeypatch.setattr(rain, "ERRORS", ("0", "1"))
+    rain.main(["--limit=2", "--most=8", "--seed=3", f"--out_dir={tmp_path}/out"])
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["seeds"] == [3, 4, 5, 6, 7] and results["minutes"] > 0
     assert (tmp_path / "out/picture.png").stat().st_size > 10_000
